@@ -1,0 +1,195 @@
+"""The two verbs: `attach` strategies to a model, `observe` a vision tower."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from weakref import WeakKeyDictionary, ref
+
+from torch import nn
+
+from .adapter import Observation, Removable
+from .errors import AttachError, SpecError, UnsupportedError
+from .plugins import registry
+from .report import Record, Report
+from .signals import Signal
+from .spec import parse_schedule, spec_of
+from .strategy import Reduction, Stage
+
+_attached: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
+
+
+class Attachment:
+    """Stages at work in a model. A context manager: leaving it, however, restores the model."""
+
+    def __init__(self, model: nn.Module, stages: tuple[Stage, ...], record: Record) -> None:
+        self.stages = stages
+        self._model = ref(model)
+        self._record = record
+        self._installed = ExitStack()
+
+    @property
+    def spec(self) -> str:
+        """The stages as a spec."""
+        return "; ".join(map(spec_of, self.stages))
+
+    @property
+    def report(self) -> Report:
+        """Tokens before and after per image, selector time, KV bytes."""
+        return self._record.report
+
+    @property
+    def last(self) -> Reduction:
+        """The latest reduction: its tokens, plan (provenance) and scores."""
+        return self._record.last
+
+    def detach(self) -> None:
+        """Remove everything that was installed. Doing it twice is harmless."""
+        self._installed.close()
+        model = self._model()
+        if model is not None and _attached.get(model) is self:
+            del _attached[model]
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        return f"Attachment({self.spec!r})"
+
+
+def attach(model: nn.Module, *stages: Stage | str, adapter: str | None = None) -> Attachment:
+    """Compress the visual tokens of `model` until detached.
+
+    Nothing is assigned to a class, a `forward` or a config: everything is hooks, and leaving the
+    context (or calling `detach`) restores the model, also after an exception.
+
+    Args:
+        model: an unmodified model, e.g. `LlavaForConditionalGeneration`.
+        stages: what to do and where, as stages or specs:
+            ``"cls-attention | evict(128) @ before-llm"``, ``"vtc-cls(keep=64)"``.
+        adapter: name of the adapter, where several claim the model.
+
+    Returns:
+        The attachment, already at work; use it as a context manager.
+
+    Raises:
+        UnsupportedError: no adapter for this model, or it cannot serve a stage.
+        AttachError: `model`, or a part of it, is already attached.
+        SpecError, UnknownNameError, BudgetError: a spec that cannot be used.
+    """
+    parsed = tuple(_stages(stages))
+    if not parsed:
+        raise SpecError("attach needs at least one stage, e.g. attach(model, 'vtc-cls(keep=128)')")
+    for part in model.modules():
+        present = _attached.get(part)
+        if present is not None:
+            raise AttachError(
+                f"{type(part).__name__} is already attached with {present.spec!r}; detach it "
+                "first, or give all stages to one attach call"
+            )
+    known = registry()
+    plugin = known.claiming(known.models, model, adapter)
+    chosen = plugin.factory()
+    for stage in parsed:
+        _check_signals(chosen.provides(model, stage.placement), stage, type(model).__name__)
+    record = Record()
+    attachment = Attachment(model, parsed, record)
+    _install(attachment._installed, chosen.install(model, parsed, record))
+    _attached[model] = attachment
+    return attachment
+
+
+@contextmanager
+def observe(
+    tower: nn.Module,
+    signals: Iterable[Signal],
+    *,
+    feature_layer: int = -2,
+    adapter: str | None = None,
+) -> Iterator[Observation]:
+    """Read visual tokens and signals from a vision tower, which returns what it always does.
+
+    Args:
+        tower: e.g. a `CLIPVisionModel`.
+        signals: what to read, e.g. ``[ClsAttention(layers=3)]``.
+        feature_layer: index of the block whose output is the features; -2 is LLaVA's choice.
+        adapter: name of the tower adapter, where several claim the tower.
+
+    Yields:
+        An observation whose `tokens` and `signals` are those of the latest forward pass.
+
+    Raises:
+        UnsupportedError: no adapter for this tower, or it cannot give a signal.
+    """
+    known = registry()
+    plugin = known.claiming(known.towers, tower, adapter)
+    chosen = plugin.factory()
+    wanted = frozenset(signals)
+    missing = {type(s) for s in wanted} - chosen.provides(tower)
+    if missing:
+        raise UnsupportedError(
+            f"{type(tower).__name__} cannot give {_names(missing)}; it gives "
+            f"{_names(chosen.provides(tower)) or 'no signals'}"
+        )
+    observation = Observation()
+    with ExitStack() as installed:
+        _install(installed, chosen.install(tower, wanted, observation, feature_layer))
+        yield observation
+
+
+def _stages(stages: tuple[Stage | str, ...]) -> Iterator[Stage]:
+    for stage in stages:
+        if isinstance(stage, Stage):
+            yield stage
+        elif isinstance(stage, str):
+            yield from parse_schedule(stage)
+        else:
+            raise SpecError(
+                f"a stage must be a spec or a Stage, got {stage!r}; place a strategy with "
+                "strategy.at(BeforeLLM())"
+            )
+
+
+def _install(stack: ExitStack, handles: Iterator[Removable]) -> None:
+    """Take every handle as it is made; if making one fails, undo the others."""
+    try:
+        for handle in handles:
+            stack.callback(handle.remove)
+    except BaseException:
+        stack.close()
+        raise
+
+
+def _check_signals(provided: frozenset[type[Signal]], stage: Stage, model: str) -> None:
+    missing = {type(signal) for signal in stage.strategy.signals} - provided
+    if missing:
+        raise UnsupportedError(
+            f"{model} cannot supply {_names(missing)} to {spec_of(stage)!r}; it supplies "
+            f"{_names(provided) or 'no signals'}. Scorers that work here: {_scorers(provided)}"
+        )
+
+
+def _scorers(provided: frozenset[type[Signal]]) -> str:
+    """Names of the installed scorers that need no more than what is provided."""
+    working = []
+    for offer in registry().scorers:
+        try:
+            needed = {type(signal) for signal in offer.plugin.factory().signals}
+        except TypeError:  # it needs arguments, so its signals are not known
+            continue
+        if needed <= provided:
+            working.append(offer.plugin.name)
+    return ", ".join(sorted(working)) or "none"
+
+
+def _names(signals: Iterable[type[Signal]]) -> str:
+    return ", ".join(sorted(signal.__name__ for signal in signals))

@@ -1,0 +1,72 @@
+"""Placements: where in a model the visual tokens are reduced."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+from .budget import Budgeted
+from .errors import BudgetError, SpecError
+
+Positions: TypeAlias = Literal["reindexed", "original"]
+"""Position ids of what is kept: counted anew (VTC-CLS, FasterVLM) or as they were (FastV)."""
+
+
+def _check_positions(positions: str) -> None:
+    if positions not in get_args(Positions):
+        raise SpecError(f"positions must be 'reindexed' or 'original', got {positions!r}")
+
+
+@dataclass(frozen=True)
+class Placement(ABC):
+    """Where a strategy acts. Frozen: its fields are its arguments in a spec."""
+
+    @abstractmethod
+    def check(self, steps: Sequence[object]) -> None:
+        """Refuse steps that make no sense here, with a BudgetError or SpecError."""
+
+
+@dataclass(frozen=True)
+class BeforeLLM(Placement):
+    """Between the vision tower and the projector: the LLM never sees what is dropped.
+
+    Args:
+        positions: position ids in the LLM, ``"reindexed"`` by default (VTC-CLS, FasterVLM).
+    """
+
+    positions: Positions = "reindexed"
+
+    def __post_init__(self) -> None:
+        _check_positions(self.positions)
+
+    def check(self, steps: Sequence[object]) -> None:
+        """Refuse a budget of zero: a model that asks about a picture must see some of it."""
+        for step in steps:
+            if isinstance(step, Budgeted) and step.keep == 0:
+                raise BudgetError(
+                    "keep=0 leaves no visual token before the LLM; keep at least 1, or withdraw "
+                    "them all after a layer (Visual Token Withdrawal): 'evict(0) @ after-layer(15)'"
+                )
+
+
+@dataclass(frozen=True)
+class AfterLayer(Placement):
+    """After some layers of the LLM (or of a vision tower) have seen every token.
+
+    Args:
+        layers: layers that see every visual token; 2 is FastV's and VTC-CLS's choice.
+        positions: position ids from there on, ``"original"`` by default (FastV).
+    """
+
+    layers: int = 2
+    positions: Positions = "original"
+
+    def __post_init__(self) -> None:
+        _check_positions(self.positions)
+        if isinstance(self.layers, bool) or not isinstance(self.layers, int) or self.layers < 1:
+            raise SpecError(f"layers must be an int >= 1, got {self.layers!r}")
+
+    def check(self, steps: Sequence[object]) -> None:
+        """Any steps may stand here; evict(0) is Visual Token Withdrawal."""

@@ -1,0 +1,209 @@
+"""`Plan`: what a reducer decides, as data.
+
+A plan is a per-row linear map from token slots to kept slots. Reducers decide, applying is the
+same for every method, and anything with a token axis can be put through it: features, hidden
+states, position ids, masks, keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from .errors import ShapeError
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which token slots stay, and what they are made of.
+
+    Attributes:
+        anchors: `(batch, kept)` int64, strictly increasing where `mask`: the slot from which each
+            kept token takes its place (itself, or the smallest member of its group).
+        mask: `(batch, kept)` bool, False where a row keeps fewer tokens than the longest one.
+        tokens: slots per row of what the plan is applied to.
+        weights: `(batch, kept, tokens)` float32, or None for a pure selection, which copies bits.
+    """
+
+    anchors: Tensor
+    mask: Tensor
+    tokens: int
+    weights: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.anchors.ndim != 2 or self.anchors.shape != self.mask.shape:
+            raise ShapeError(
+                f"anchors and mask must both have axes (batch kept), got "
+                f"{tuple(self.anchors.shape)} and {tuple(self.mask.shape)}"
+            )
+        if self.anchors.dtype != torch.int64 or self.mask.dtype != torch.bool:
+            raise ShapeError(
+                f"anchors must be int64 and mask bool, got {self.anchors.dtype}, {self.mask.dtype}"
+            )
+        expected = (*self.anchors.shape, self.tokens)
+        if self.weights is not None and self.weights.shape != expected:
+            raise ShapeError(
+                f"weights must have axes (batch kept tokens) = {expected}, "
+                f"got {tuple(self.weights.shape)}"
+            )
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Kept tokens per row. One host sync, unless the constructor knew them."""
+        return tuple(self.mask.sum(1).tolist())
+
+    @classmethod
+    def of_indices(cls, anchors: Tensor, tokens: int) -> Plan:
+        """Keep the slots `anchors`, `(batch, kept)` int64, ascending: as many in every row."""
+        plan = cls(anchors, torch.ones_like(anchors, dtype=torch.bool), tokens)
+        plan.__dict__["lengths"] = (anchors.shape[1],) * anchors.shape[0]
+        return plan
+
+    @classmethod
+    def identity(cls, mask: Tensor, lengths: tuple[int, ...] | None = None) -> Plan:
+        """Keep every real token of rows with `(batch, tokens)` bool `mask`, all in their place."""
+        return cls.select(mask, lengths)
+
+    @classmethod
+    def select(cls, keep: Tensor, lengths: tuple[int, ...] | None = None) -> Plan:
+        """Keep the slots where `keep`, `(batch, tokens)` bool, is True, in their order.
+
+        Args:
+            keep: `(batch, tokens)` bool.
+            lengths: kept tokens per row where the caller knows them; saves a host sync.
+
+        >>> plan = Plan.select(torch.tensor([[True, False, True], [False, True, False]]))
+        >>> plan.anchors, plan.mask
+        (tensor([[0, 2],
+                [1, 0]]), tensor([[ True,  True],
+                [ True, False]]))
+        """
+        if keep.ndim != 2 or keep.dtype != torch.bool:
+            raise ShapeError(
+                f"keep must be bool with axes (batch tokens), got {keep.dtype} {tuple(keep.shape)}"
+            )
+        if lengths is None:
+            lengths = tuple(keep.sum(1).tolist())
+        kept = max(lengths, default=0)
+        order = torch.argsort(keep.logical_not().to(torch.uint8), dim=1, stable=True)[:, :kept]
+        mask = keep.gather(1, order)
+        plan = cls(order.masked_fill(~mask, 0), mask, keep.shape[1])
+        plan.__dict__["lengths"] = lengths
+        return plan
+
+    @classmethod
+    def group(cls, groups: Tensor, sizes: Tensor) -> Plan:
+        """Merge the tokens of each group into their size-weighted mean.
+
+        Args:
+            groups: `(batch, tokens)` int64 in [0, tokens): equal numbers are one group; -1 drops
+                the token (padding). Which numbers are used does not matter.
+            sizes: `(batch, tokens)` how many original tokens each slot stands for.
+
+        Returns:
+            A plan whose outputs stand in the order of the smallest member of each group.
+        """
+        batch, tokens = groups.shape
+        slots = torch.arange(tokens, device=groups.device)
+        real = groups >= 0
+        # The smallest member of each group is its anchor.
+        first = torch.full((batch, tokens), tokens, dtype=torch.int64, device=groups.device)
+        first.scatter_reduce_(
+            1, groups.clamp(min=0), torch.where(real, slots, tokens), reduce="amin"
+        )
+        anchor_of = first.gather(1, groups.clamp(min=0))
+        base = cls.select(real & (anchor_of == slots))
+        member = (anchor_of[:, None, :] == base.anchors[:, :, None]) & real[:, None, :]
+        member = member & base.mask[:, :, None]
+        mass = member * sizes[:, None, :].to(torch.float32)
+        weights = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        plan = cls(base.anchors, base.mask, tokens, weights)
+        plan.__dict__["lengths"] = base.lengths
+        return plan
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every slot stays in its place, unmerged (never where a row is padded)."""
+        return self.weights is None and all(n == self.tokens for n in self.lengths)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Put anything with axes `(batch, tokens, ...)` through the plan: `(batch, kept, ...)`.
+
+        Selections copy bits. Merges accumulate in float32 (float64 for float64) and return the
+        dtype of `x`; a kept token that is its own only member is copied. Bool and integer tensors
+        are taken at the anchors. Slots where `mask` is False come out as zero.
+        """
+        expected = (self.anchors.shape[0], self.tokens)
+        if x.shape[:2] != expected:
+            raise ShapeError(
+                f"x must have axes (batch tokens ...) = {expected} + (...), got {tuple(x.shape)}"
+            )
+        taken = self._take(x)
+        if self.weights is None or not x.is_floating_point():
+            return taken
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        flat = x.flatten(2) if x.ndim > 2 else x[:, :, None]
+        # Dropped tokens and padding may hold inf or NaN: 0 * inf must not reach a kept token.
+        used = (self.weights != 0).any(1)
+        flat = torch.where(used[:, :, None], flat, 0).to(dtype)
+        mixed = torch.bmm(self.weights.to(dtype), flat).to(x.dtype).reshape(taken.shape)
+        alone = ((self.weights != 0).sum(-1) == 1) & (self.weights.amax(-1) == 1)
+        copy = (alone | ~self.mask).reshape(*alone.shape, *(1,) * (taken.ndim - 2))
+        return torch.where(copy, taken, mixed)
+
+    def _take(self, x: Tensor) -> Tensor:
+        batch, tokens = x.shape[:2]
+        offset = torch.arange(batch, device=x.device)[:, None] * tokens
+        taken = x.flatten(0, 1).index_select(0, (self.anchors + offset).flatten())
+        taken = taken.reshape(*self.anchors.shape, *x.shape[2:])
+        if all(length == self.anchors.shape[1] for length in self.lengths):
+            return taken
+        return taken.masked_fill(~self.mask.reshape(*self.mask.shape, *(1,) * (x.ndim - 2)), 0)
+
+    def then(self, after: Plan) -> Plan:
+        """This plan followed by `after`, which was made for what this one gives."""
+        if after.tokens != self.anchors.shape[1]:
+            raise ShapeError(
+                f"the plan gives {self.anchors.shape[1]} slots, the next was made for "
+                f"{after.tokens}"
+            )
+        weights = None
+        if self.weights is not None or after.weights is not None:
+            weights = torch.bmm(after.dense(), self.dense())
+        plan = Plan(self.anchors.gather(1, after.anchors), after.mask, self.tokens, weights)
+        plan.__dict__["lengths"] = after.lengths
+        return plan
+
+    def dense(self) -> Tensor:
+        """The map as a matrix, `(batch, kept, tokens)` float32."""
+        if self.weights is not None:
+            return self.weights
+        slots = torch.arange(self.tokens, device=self.anchors.device)
+        chosen = (rearrange(self.anchors, "b k -> b k 1") == slots) & self.mask[:, :, None]
+        return chosen.to(torch.float32)
+
+    def source(self) -> Tensor:
+        """Where each token went: `(batch, tokens)` int64 index of its kept slot, -1 = dropped.
+
+        A token that several kept slots use (PruMerge) reports the one with the largest weight;
+        its own slot wins ties.
+
+        >>> Plan.select(torch.tensor([[True, False, True]])).source()
+        tensor([[ 0, -1,  1]])
+        """
+        batch, kept = self.anchors.shape
+        source = self.anchors.new_full((batch, self.tokens), -1)
+        if kept == 0:
+            return source
+        if self.weights is not None:
+            weight, slot = self.weights.max(1)
+            source = torch.where(weight > 0, slot, source)
+        numbers = repeat(torch.arange(kept, device=source.device), "k -> b k", b=batch)
+        # Fillers write to a spare column, so that no real entry is overwritten.
+        spare = torch.cat([source, source[:, :1]], dim=1)
+        spare.scatter_(1, self.anchors.masked_fill(~self.mask, self.tokens), numbers)
+        return spare[:, : self.tokens]

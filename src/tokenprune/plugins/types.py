@@ -1,0 +1,109 @@
+"""The records that plugins hand over. Frozen, and nothing heavy is imported to make one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from ..errors import PluginError
+
+if TYPE_CHECKING:
+    from ..adapter import ModelAdapter, TowerAdapter
+    from ..strategy import Reducer, Scorer
+
+_KEBAB = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """What all records share.
+
+    Attributes:
+        name: kebab-case; what users write in specs.
+        summary: one line, for `tokenprune list` and the docs.
+    """
+
+    name: str
+    summary: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _KEBAB.fullmatch(self.name):
+            raise PluginError(
+                f"a plugin's name must be kebab-case like 'my-idea', got {self.name!r}"
+            )
+        if not self.summary or "\n" in self.summary:
+            raise PluginError(f"plugin {self.name!r} needs a summary of one line")
+
+
+@dataclass(frozen=True)
+class ScorerPlugin(Plugin):
+    """Offers a scorer: `factory` is its frozen dataclass, `paper` says where it comes from."""
+
+    factory: type[Scorer]
+    paper: str = ""
+
+
+@dataclass(frozen=True)
+class ReducerPlugin(Plugin):
+    """Offers a reducer: `factory` is its frozen dataclass, `paper` says where it comes from."""
+
+    factory: type[Reducer]
+    paper: str = ""
+
+
+@dataclass(frozen=True)
+class TowerPlugin(Plugin):
+    """Offers an adapter for vision towers.
+
+    Attributes:
+        factory: makes the adapter; may import what it needs.
+        claims: full names of classes, matched against the MRO of a tower, nearest class first.
+    """
+
+    factory: Callable[[], TowerAdapter]
+    claims: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelPlugin(Plugin):
+    """Offers an adapter for whole models; see `TowerPlugin` for the fields."""
+
+    factory: Callable[[], ModelAdapter]
+    claims: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RecipePlugin(Plugin):
+    """A paper's method as data: a name that expands to a spec in plain sight.
+
+    Attributes:
+        template: the spec, with the arguments in braces: ``"random | evict({keep}) @ before-llm"``.
+        defaults: the arguments and the paper's values for them.
+        paper: reference.
+        differs: where we knowingly differ from the released code, and why.
+    """
+
+    template: str
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    paper: str = ""
+    differs: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "defaults", MappingProxyType(dict(self.defaults)))
+        try:
+            self.expand()
+        except (KeyError, IndexError) as error:
+            raise PluginError(
+                f"recipe {self.name!r} has no default for {error} of its template"
+            ) from None
+
+    def expand(self, *values: object, **named: object) -> str:
+        """The spec for these arguments, in the order of `defaults` or by name."""
+        arguments = dict(self.defaults)
+        arguments.update(zip(arguments, values, strict=False))
+        arguments.update(named)
+        return self.template.format_map({name: repr(value) for name, value in arguments.items()})

@@ -1,0 +1,5 @@
+"""Reducers: one file each, one frozen dataclass each."""
+
+from .evict import Evict
+
+__all__ = ["Evict"]

@@ -1,0 +1,153 @@
+"""Signals: what a strategy asks of the model, and the mapping in which it finds the answers."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+
+from einops import rearrange
+from torch import Tensor
+
+from .errors import MissingSignalError, ShapeError
+from .plan import Plan
+
+Layers: TypeAlias = int | tuple[int, ...]
+"""An int K: the K layers that end at the layer which produces the features (VTC-CLS). A tuple:
+indices of the blocks, Python style, -1 being the last block of the model."""
+
+
+def check_layers(layers: Layers) -> Layers:
+    """`layers` as it may stand in a signal: K >= 1, or a tuple (a list becomes one)."""
+    if isinstance(layers, bool) or not isinstance(layers, (int, tuple, list)):
+        raise ShapeError(f"layers must be an int K or a tuple of layer indices, got {layers!r}")
+    if isinstance(layers, int):
+        if layers < 1:
+            raise ShapeError(f"layers=K takes the K last layers, K >= 1, got {layers}")
+        return layers
+    layers = tuple(layers)
+    if not layers or len(set(layers)) < len(layers) or not all(isinstance(i, int) for i in layers):
+        raise ShapeError(f"layers must be distinct layer indices, at least one, got {layers!r}")
+    return layers
+
+
+def resolve_layers(layers: Layers, feature_layer: int, count: int) -> tuple[int, ...]:
+    """Absolute indices of the blocks meant by `layers`, ascending where `layers` is K.
+
+    Args:
+        layers: K, or explicit indices.
+        feature_layer: absolute index of the block whose output is the features.
+        count: blocks of the model.
+
+    Raises:
+        ShapeError: more layers than there are up to the feature layer, or an index out of range.
+
+    >>> resolve_layers(3, feature_layer=22, count=24), resolve_layers((-4, 5), 22, 24)
+    ((20, 21, 22), (20, 5))
+    """
+    if isinstance(layers, int):
+        if layers > feature_layer + 1:
+            raise ShapeError(
+                f"layers={layers} asks for {layers} layers, but only {feature_layer + 1} end at "
+                f"layer {feature_layer}, which produces the features"
+            )
+        return tuple(range(feature_layer - layers + 1, feature_layer + 1))
+    if any(not -count <= layer < count for layer in layers):
+        raise ShapeError(f"layers={layers} asks for a layer outside of the model's {count}")
+    return tuple(layer % count for layer in layers)
+
+
+@dataclass(frozen=True)
+class Signal(ABC):
+    """A request for something that a model computes, and the key under which it is read.
+
+    Subclass it, frozen, with `axes`: the einops names of the answer's axes. The axis called
+    `tokens`, where there is one, counts the visual tokens alone (no [CLS], no registers).
+    """
+
+    axes: ClassVar[str]
+
+
+@dataclass(frozen=True)
+class ClsAttention(Signal):
+    """Attention of the [CLS] token to each visual token, per vision layer and head.
+
+    Softmax over all keys, [CLS] included; the [CLS] column is left out and the rest is NOT
+    renormalised (VTC-CLS, arXiv 2412.05819, eq. 1).
+    """
+
+    layers: Layers
+    axes: ClassVar[str] = "batch layers heads tokens"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", check_layers(self.layers))
+
+
+@dataclass(frozen=True)
+class LastQueryAttention(Signal):
+    """Attention of the last real token of the prompt to each visual token, in an LLM layer.
+
+    FastV (arXiv 2403.06764); -1 is the latest layer that has run.
+    """
+
+    layers: tuple[int, ...] = (-1,)
+    axes: ClassVar[str] = "batch layers heads tokens"
+
+
+@dataclass(frozen=True)
+class Keys(Signal):
+    """Attention keys of the visual tokens in one vision layer, before any scaling."""
+
+    layer: int
+    axes: ClassVar[str] = "batch heads tokens channels"
+
+
+class Signals(Mapping[Signal, Tensor]):
+    """What a model gave, by request. Checks the number of axes; says what is there if one is not.
+
+    >>> import torch
+    >>> Signals({ClsAttention(layers=3): torch.rand(1, 3, 16, 576)})
+    Signals(ClsAttention(layers=3))
+    """
+
+    def __init__(self, answers: Mapping[Signal, Tensor] | None = None) -> None:
+        self._answers = dict(answers or {})
+        for signal, answer in self._answers.items():
+            axes = signal.axes.split()
+            if answer.ndim != len(axes):
+                raise ShapeError(
+                    f"{signal} must have axes ({signal.axes}), got {tuple(answer.shape)}"
+                )
+
+    def __getitem__(self, signal: Signal) -> Tensor:
+        try:
+            return self._answers[signal]
+        except KeyError:
+            known = ", ".join(map(repr, self._answers)) or "none"
+            raise MissingSignalError(f"{signal} was not supplied; supplied: {known}") from None
+
+    def __contains__(self, signal: object) -> bool:
+        return signal in self._answers
+
+    def __iter__(self) -> Iterator[Signal]:
+        return iter(self._answers)
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def __repr__(self) -> str:
+        return f"Signals({', '.join(map(repr, self._answers))})"
+
+    def reduce(self, plan: Plan) -> Signals:
+        """Every signal put through `plan` on its axis of tokens, for later steps to read."""
+        return Signals({s: _reduce(s.axes, answer, plan) for s, answer in self._answers.items()})
+
+
+def _reduce(axes: str, answer: Tensor, plan: Plan) -> Tensor:
+    names = axes.split()
+    if "tokens" not in names:
+        return answer
+    front = ["batch", "tokens", *(n for n in names if n not in ("batch", "tokens"))]
+    moved = plan(rearrange(answer, f"{axes} -> {' '.join(front)}"))
+    return rearrange(moved, f"{' '.join(front)} -> {axes}")

@@ -1,0 +1,215 @@
+"""Specs: ``"cls-attention | evict(128) @ before-llm"`` and the way back.
+
+    schedule := stage (";" stage)*
+    stage    := step ("|" step)* ["@" placement]   |   recipe ["@" placement]
+    step     := name ["(" arguments ")"]           arguments are Python literals
+
+Specs are sugar for objects; they never grow variables or conditions.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from itertools import chain
+from typing import NamedTuple, TypeVar
+
+from .errors import SpecError, UnknownNameError
+from .placement import AfterLayer, BeforeLLM, Placement
+from .plugins import ReducerPlugin, ScorerPlugin, registry
+from .strategy import Reducer, Scorer, Stage, Strategy
+
+PLACEMENTS: dict[str, type[Placement]] = {"before-llm": BeforeLLM, "after-layer": AfterLayer}
+
+T = TypeVar("T")
+
+_CALL = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)\s*(\(.*\))?", re.DOTALL)
+
+
+class _Call(NamedTuple):
+    name: str
+    positional: tuple[object, ...]
+    named: dict[str, object]
+
+
+def parse(spec: str) -> Stage:
+    """The stage that `spec` describes; without "@" it stands before the LLM.
+
+    Raises:
+        SpecError: not of the form above, or arguments that a step refuses.
+        UnknownNameError: a name that no plugin offers; lists the known ones.
+
+    >>> parse("cls-attention | evict(128)") == parse("vtc-cls(keep=128)")
+    True
+    """
+    stages = parse_schedule(spec)
+    if len(stages) != 1:
+        raise SpecError(f"{spec!r} has {len(stages)} stages; use parse_schedule")
+    return stages[0]
+
+
+def parse_schedule(spec: str) -> tuple[Stage, ...]:
+    """All stages of a spec with ";" between them, or of a recipe that expands to several."""
+    return tuple(stage for part in _split(spec, ";", spec) for stage in _stages(part, spec, True))
+
+
+def spec_of(value: Stage | Strategy | Placement | Scorer | Reducer) -> str:
+    """The spec that describes `value`: `parse(spec_of(stage)) == stage`.
+
+    >>> spec_of(parse("cls-attention(layers=1) | evict(0.25)"))
+    'cls-attention(layers=1) | evict(0.25) @ before-llm'
+    """
+    if isinstance(value, Stage):
+        return f"{spec_of(value.strategy)} @ {spec_of(value.placement)}"
+    if isinstance(value, Strategy):
+        return " | ".join(map(spec_of, value.steps))
+    return _name_of(value) + _arguments_of(value)
+
+
+def _stages(part: str, spec: str, recipes: bool) -> list[Stage]:
+    before, *after = _split(part, "@", spec)
+    if len(after) > 1:
+        raise SpecError(f"{spec!r} has more than one placement ('@') in a stage")
+    placement = _placement(_call(after[0], spec), spec) if after else None
+    calls = [_call(step, spec) for step in _split(before, "|", spec)]
+    expanded = _expand(calls[0]) if recipes and len(calls) == 1 else None
+    if expanded is None:
+        strategy = Strategy(*(_step(call, spec) for call in calls))
+        return [Stage(strategy, placement or BeforeLLM())]
+    stages = [s for p in _split(expanded, ";", expanded) for s in _stages(p, expanded, False)]
+    if placement is None:
+        return stages
+    if len(stages) > 1:
+        raise SpecError(f"{calls[0].name!r} is a schedule with placements of its own, in {spec!r}")
+    return [Stage(stages[0].strategy, placement)]
+
+
+def _expand(call: _Call) -> str | None:
+    """The spec of the recipe that `call` names, or None where it names a step."""
+    known = registry()
+    recipe = known.named(known.recipes, call.name, "recipe")
+    if recipe is None:
+        return None
+    unknown = [name for name in call.named if name not in recipe.defaults]
+    if unknown or len(call.positional) > len(recipe.defaults):
+        if known.named(known.reducers, call.name, "reducer") is not None:
+            return None
+        raise SpecError(
+            f"recipe {call.name!r} takes {', '.join(recipe.defaults) or 'no arguments'}, got "
+            + ", ".join([*map(repr, call.positional), *call.named])
+        )
+    return recipe.expand(*call.positional, **call.named)
+
+
+def _step(call: _Call, spec: str) -> Scorer | Reducer:
+    known = registry()
+    scorer = known.named(known.scorers, call.name, "scorer")
+    reducer = known.named(known.reducers, call.name, "reducer")
+    plugin = scorer or reducer
+    if plugin is None:
+        recipe = known.named(known.recipes, call.name, "recipe")
+        if recipe is not None:
+            raise SpecError(
+                f"{call.name!r} is a recipe and stands alone; in {spec!r} write its steps out: "
+                f"{recipe.expand()}"
+            )
+        names = {
+            *known.names(known.scorers),
+            *known.names(known.reducers),
+            *known.names(known.recipes),
+        }
+        raise UnknownNameError(
+            f"unknown strategy {call.name!r} in {spec!r}; known: {', '.join(sorted(names))}"
+        )
+    return _build(plugin.factory, call)
+
+
+def _placement(call: _Call, spec: str) -> Placement:
+    if call.name not in PLACEMENTS:
+        raise UnknownNameError(
+            f"unknown placement {call.name!r} in {spec!r}; known: {', '.join(PLACEMENTS)}"
+        )
+    return _build(PLACEMENTS[call.name], call)
+
+
+def _build(factory: type[T], call: _Call) -> T:
+    try:
+        return factory(*call.positional, **call.named)
+    except TypeError as error:
+        fields = ", ".join(f.name for f in dataclasses.fields(factory)) or "no arguments"  # type: ignore[arg-type]
+        raise SpecError(f"{call.name} takes {fields}: {error}") from error
+
+
+def _call(text: str, spec: str) -> _Call:
+    match = _CALL.fullmatch(text.strip())
+    if match is None:
+        raise SpecError(f"cannot read {text.strip()!r} in {spec!r}; a step looks like evict(128)")
+    name, arguments = match.group(1), match.group(2) or "()"
+    try:
+        call = ast.parse(f"_{arguments}", mode="eval").body
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+            raise ValueError("more than one pair of parentheses")
+        positional = tuple(ast.literal_eval(value) for value in call.args)
+        named = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords if k.arg}
+        if len(named) < len(call.keywords):
+            raise ValueError("'**' is not allowed")
+    except (SyntaxError, ValueError) as error:
+        raise SpecError(
+            f"cannot read the arguments {arguments} of {name!r} in {spec!r}: {error}; they must "
+            "be Python literals, e.g. (128), (layers=3) or (ensemble='max')"
+        ) from None
+    return _Call(name, positional, named)
+
+
+def _split(text: str, separator: str, spec: str) -> list[str]:
+    """`text` cut at separators that stand outside of brackets and quotes."""
+    parts, start, depth, quote = [], 0, 0, ""
+    skip = False
+    for index, char in enumerate(text):
+        if skip:
+            skip = False
+        elif quote:
+            skip = char == "\\"
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        elif char in "([{":
+            depth += 1
+        elif char in ")]}":
+            depth -= 1
+        elif char == separator and depth == 0:
+            parts.append(text[start:index])
+            start = index + 1
+    parts.append(text[start:])
+    if not all(part.strip() for part in parts):
+        raise SpecError(f"nothing stands on one side of {separator!r} in {spec!r}")
+    return parts
+
+
+def _name_of(value: object) -> str:
+    known = registry()
+    for name, placement in PLACEMENTS.items():
+        if type(value) is placement:
+            return name
+    plugins = [o.plugin for o in known.scorers], [o.plugin for o in known.reducers]
+    for plugin in chain[ScorerPlugin | ReducerPlugin](*plugins):
+        if type(value) is plugin.factory:
+            return plugin.name
+    raise SpecError(f"{value!r} has no name in a spec: no installed plugin offers its class")
+
+
+def _arguments_of(value: object) -> str:
+    """Fields without a default by place, the others by name where they differ from it."""
+    shown = []
+    for field in dataclasses.fields(value):  # type: ignore[arg-type]
+        given = getattr(value, field.name)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            shown.append(repr(given))
+        elif given != (
+            field.default_factory()
+            if field.default_factory is not dataclasses.MISSING
+            else field.default
+        ):
+            shown.append(f"{field.name}={given!r}")
+    return f"({', '.join(shown)})" if shown else ""

@@ -1,0 +1,163 @@
+"""Scorers, reducers, and the `Strategy` that composes them.
+
+VisualTokens + Signals --Scorer--> scores --Reducer--> Plan --apply--> VisualTokens
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .errors import ScoreError, ShapeError, SpecError
+from .placement import Placement
+from .plan import Plan
+from .signals import Signal, Signals
+from .tokens import VisualTokens
+
+
+class Scorer(ABC):
+    """Says how important each visual token is. Implementations are frozen dataclasses."""
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        """What `score` reads. Nothing else may be read."""
+        return frozenset()
+
+    @abstractmethod
+    def score(self, tokens: VisualTokens, signals: Signals) -> Tensor:
+        """`(batch, tokens)` float32 scores; higher = keep. +inf and -inf are legal, NaN is not."""
+
+
+class Reducer(ABC):
+    """Decides which tokens stay or merge. Implementations are frozen dataclasses."""
+
+    needs_scores: ClassVar[bool] = False
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        """What `plan` reads. Nothing else may be read."""
+        return frozenset()
+
+    @abstractmethod
+    def plan(self, tokens: VisualTokens, scores: Tensor | None, signals: Signals) -> Plan:
+        """The decision, as data. `scores` is None where no scorer came before."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """What a strategy did.
+
+    Attributes:
+        tokens: the reduced visual tokens.
+        plan: all steps as one plan, with respect to the input.
+        scores: `(batch, tokens)` float32 of the first scorer on the input, or None.
+    """
+
+    tokens: VisualTokens
+    plan: Plan
+    scores: Tensor | None = None
+
+
+@dataclass(frozen=True, init=False)
+class Strategy:
+    """Steps in order: a scorer gives scores, each reducer after it may read them.
+
+    Later reducers see tokens, scores and signals already reduced by the earlier ones.
+
+    Args:
+        steps: scorers and reducers; the last must be a reducer.
+
+    Raises:
+        SpecError: steps that cannot work in this order.
+    """
+
+    steps: tuple[Scorer | Reducer, ...]
+
+    def __init__(self, *steps: Scorer | Reducer) -> None:
+        object.__setattr__(self, "steps", steps)
+        scored = False
+        for step in steps:
+            if not isinstance(step, (Scorer, Reducer)):
+                raise SpecError(f"a step must be a Scorer or a Reducer, got {step!r}")
+            if isinstance(step, Reducer) and step.needs_scores and not scored:
+                raise SpecError(
+                    f"{type(step).__name__} ranks tokens by scores, but no scorer stands before "
+                    f"it; try Strategy(ClsAttentionScorer(), {type(step).__name__}(...))"
+                )
+            scored = scored or isinstance(step, Scorer)
+        if not steps or not isinstance(steps[-1], Reducer):
+            raise SpecError(
+                "a strategy ends with a reducer (evict, ...), got "
+                + (", ".join(type(step).__name__ for step in steps) or "no steps")
+            )
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        """Everything that the steps read."""
+        return frozenset().union(*(step.signals for step in self.steps))
+
+    def at(self, placement: Placement) -> Stage:
+        """This strategy at a place in a model."""
+        return Stage(self, placement)
+
+    def __call__(self, tokens: VisualTokens, signals: Signals | None = None) -> Reduction:
+        """Run the steps on `tokens`.
+
+        Raises:
+            MissingSignalError: a step reads a signal that is not in `signals`.
+            ScoreError: a scorer returned NaN on a real token.
+            ShapeError: a scorer or a signal has the wrong axes.
+        """
+        signals = Signals() if signals is None else signals
+        plan: Plan | None = None
+        scores = first = None
+        for step in self.steps:
+            if isinstance(step, Scorer):
+                scores = step.score(tokens, signals)
+                _check_scores(step, scores, tokens)
+                first = scores if first is None and plan is None else first
+                continue
+            decided = step.plan(tokens, scores, signals)
+            plan = decided if plan is None else plan.then(decided)
+            if decided.is_identity:
+                continue
+            tokens = tokens.reduce(decided)
+            if step is not self.steps[-1]:
+                signals = signals.reduce(decided)
+                scores = None if scores is None else decided(scores)
+        assert plan is not None
+        return Reduction(tokens, plan, first)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A strategy at a placement: what `attach` installs."""
+
+    strategy: Strategy
+    placement: Placement
+
+    def __post_init__(self) -> None:
+        self.placement.check(self.strategy.steps)
+
+
+def _check_scores(scorer: Scorer, scores: Tensor, tokens: VisualTokens) -> None:
+    expected = tuple(tokens.mask.shape)
+    if tuple(scores.shape) != expected or scores.dtype != torch.float32:
+        raise ShapeError(
+            f"{type(scorer).__name__} must return float32 scores with axes (batch tokens) = "
+            f"{expected}, got {scores.dtype} {tuple(scores.shape)}"
+        )
+    if scores.device != tokens.features.device:
+        raise ShapeError(
+            f"{type(scorer).__name__} must return scores on {tokens.features.device}, "
+            f"got {scores.device}"
+        )
+    if bool((scores.isnan() & tokens.mask).any()):
+        raise ScoreError(
+            f"{type(scorer).__name__} returned NaN, which cannot be ranked; look for overflow in "
+            "the model (fp16 attention logits) or for a division by zero in the scorer"
+        )

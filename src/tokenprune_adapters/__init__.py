@@ -1,0 +1,1 @@
+"""Adapters that connect tokenprune to models. Each imports its framework only when it is used."""

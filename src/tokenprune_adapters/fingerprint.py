@@ -1,0 +1,20 @@
+"""A number per picture, from its pixels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def fingerprint(pixels: Tensor) -> Tensor:
+    """`(batch,)` int64 that depends on the pixels of each picture and on nothing else.
+
+    A sum of the bit patterns times odd weights, modulo 2^64: the same alone and in a batch, on
+    any device, whatever order the additions run in.
+
+    Args:
+        pixels: `(batch, ...)` floating, as the tower receives them.
+    """
+    bits = pixels.detach().float().flatten(1).contiguous().view(torch.int32).to(torch.int64)
+    weights = torch.arange(bits.shape[1], device=bits.device) * 2 + 1
+    return (bits * (weights * -7046029254386353131)).sum(1)

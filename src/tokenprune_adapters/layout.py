@@ -1,0 +1,93 @@
+"""Where tokens sit in a padded prompt: shorten it, and show it at full length again.
+
+Pure tensor functions. *Logical* is the prompt as the processor made it, *physical* is what the
+language model computes and caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which logical slots are computed, right-aligned in every row.
+
+    Attributes:
+        index: `(batch, physical)` int64, the logical slot that each physical one holds.
+        valid: `(batch, physical)` bool, False for fillers; None where there are none.
+        back: `(batch, logical)` int64, the physical slot whose state each logical slot shows: its
+            own, or for a dropped one that of the last kept before it.
+    """
+
+    index: Tensor
+    valid: Tensor | None
+    back: Tensor
+
+    @classmethod
+    def of(cls, keep: Tensor) -> Layout:
+        """The layout that computes the slots where `keep`, `(batch, logical)` bool. One sync."""
+        count = keep.sum(1)
+        longest, shortest = torch.stack([count.max(), count.min()]).tolist()
+        physical = max(longest, 1)
+        order = torch.argsort(keep.to(torch.uint8), dim=1, stable=True)
+        index = order[:, keep.shape[1] - physical :]
+        valid = None if shortest == physical else keep.gather(1, index)
+        back = (keep.cumsum(1) - 1 + (physical - count)[:, None]).clamp(min=0)
+        return cls(index, valid, back)
+
+    def shorten(self, x: Tensor) -> Tensor:
+        """`(batch, logical, ...)` to `(batch, physical, ...)`; fillers are zero."""
+        short = _take(x, self.index)
+        if self.valid is None:
+            return short
+        # A filler may hold -inf, which poisons values even where attention masks it.
+        return short.masked_fill(~self.valid.reshape(*self.valid.shape, *(1,) * (x.ndim - 2)), 0)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """`(batch, physical, ...)` to `(batch, logical, ...)`."""
+        return _take(x, self.back)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    offset = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+    rows = x.flatten(0, 1).index_select(0, (index + offset).flatten())
+    return rows.reshape(*index.shape, *x.shape[2:])
+
+
+def causal_mask(
+    valid: Tensor | None, batch: int, queries: int, keys: int, attention: str, like: Tensor
+) -> Tensor | None:
+    """A mask over physical slots for an attention implementation of transformers.
+
+    Built here because a 4-D mask is passed through unchanged by every version of transformers,
+    while the helper that builds one has changed its signature three times.
+
+    Args:
+        valid: `(batch, keys)` bool, or None where every key is real.
+        batch: rows.
+        queries: the newest `queries` of the keys ask.
+        keys: physical slots, cached ones included.
+        attention: ``config._attn_implementation``.
+        like: a tensor of the dtype and device of the hidden states.
+
+    Returns:
+        `(batch, 1, queries, keys)` bool for sdpa, additive for eager, or for flash attention the
+        `(batch, keys)` padding mask or None.
+    """
+    if "flash" in attention:
+        return valid
+    slots = torch.arange(keys, device=like.device)
+    visible = slots[None, :] <= slots[keys - queries :, None]
+    visible = visible.expand(batch, 1, queries, keys)
+    if valid is not None:
+        # A filler sees itself: a query that sees nothing is NaN in some kernels.
+        itself = slots[None, :] == slots[keys - queries :, None]
+        visible = (visible & valid[:, None, None, :]) | itself
+    if attention == "sdpa":
+        return visible
+    lowest = torch.finfo(like.dtype).min
+    return torch.zeros_like(visible, dtype=like.dtype).masked_fill(~visible, lowest)

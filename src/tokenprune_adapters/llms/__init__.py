@@ -1,0 +1,1 @@
+"""Language models: how a prompt is shortened inside while it keeps its length outside."""

@@ -1,0 +1,151 @@
+"""KV-cache layers of a shortened prompt: logical length outside, physical length inside.
+
+`generate` counts the tokens of the prompt that the processor made, so `get_seq_length` answers
+with those, while keys and values are stored for the kept ones only. The state lives on the layers
+of the cache: it follows beams, copies, turns and threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from tokenprune.errors import AttachError, UnsupportedError
+
+
+@dataclass(frozen=True, eq=False)
+class Shortened:
+    """How a cache layer's physical slots relate to the logical prompt.
+
+    Attributes:
+        offset: logical slots that have no physical one.
+        valid: `(batch, physical)` bool, False for fillers; None where there are none.
+        moved: `(batch,)` int64, by how much the positions of later tokens move down.
+        tail: newest slots that are one to one, which may be cropped away again.
+    """
+
+    offset: int
+    valid: Tensor | None
+    moved: Tensor
+    tail: int
+
+    def select(self, rows: Tensor) -> Shortened:
+        """These rows of the batch."""
+        valid = (
+            None if self.valid is None else self.valid.index_select(0, rows.to(self.valid.device))
+        )
+        moved = self.moved.index_select(0, rows.to(self.moved.device))
+        return replace(self, valid=valid, moved=moved)
+
+
+class ShortenedLayer(DynamicLayer):  # type: ignore[misc]
+    """A dynamic cache layer that stores fewer slots than it answers for."""
+
+    state: Shortened
+    expected: bool
+
+    @classmethod
+    def of(cls, layer: DynamicLayer, state: Shortened) -> ShortenedLayer:
+        """`layer` with `state`; keys and values are shared, not copied."""
+        made = cls.__new__(cls)
+        made.__dict__.update(layer.__dict__)
+        made.state = state
+        made.expected = False
+        return made
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.expected:
+            raise AttachError(
+                "this KV cache belongs to a prompt whose visual tokens were reduced, but the "
+                "attachment that knows how is not at work; attach again, or start a new cache"
+            )
+        self.expected = False
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def get_seq_length(self, *args: Any) -> int:
+        return int(super().get_seq_length(*args)) + self.state.offset
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        length, start = super().get_mask_sizes(query_length)
+        return length - self.state.offset, start + self.state.offset
+
+    def crop(self, tokens_to_remove: int) -> None:
+        # transformers < 5.16 also passes the length to be left, as a positive number.
+        removed = (
+            -tokens_to_remove if tokens_to_remove <= 0 else self.get_seq_length() - tokens_to_remove
+        )
+        if removed <= 0:
+            return
+        if removed > self.state.tail:
+            raise UnsupportedError(
+                f"cannot crop {removed} tokens off a cache whose prompt was shortened "
+                f"{self.state.tail} tokens ago; only what came after the prompt can be removed"
+            )
+        self.keys: Tensor = self.keys[..., :-removed, :]
+        self.values: Tensor = self.values[..., :-removed, :]
+        valid = None if self.state.valid is None else self.state.valid[:, :-removed]
+        self.state = replace(self.state, valid=valid, tail=self.state.tail - removed)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.state = self.state.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.state = self.state.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        rows = torch.arange(self.state.moved.shape[0], device=self.state.moved.device)
+        self.state = self.state.select(rows.repeat_interleave(repeats))
+
+    def reset(self) -> NoReturn:
+        raise UnsupportedError("cannot reset a cache whose prompt was shortened; make a new one")
+
+
+def state_of(cache: Cache | None) -> Shortened | None:
+    """How `cache` was shortened, or None."""
+    if cache is None or not cache.layers or not isinstance(cache.layers[0], ShortenedLayer):
+        return None
+    return cache.layers[0].state
+
+
+def check_cache(cache: Cache | None) -> None:
+    """Refuse caches whose layers cannot be shortened."""
+    for layer in cache.layers if cache is not None else ():
+        if type(layer) not in (DynamicLayer, ShortenedLayer):
+            raise UnsupportedError(
+                f"{type(layer).__name__} in {type(cache).__name__} cannot hold a shortened "
+                "prompt; use a DynamicCache (cache_implementation='dynamic', the default)"
+            )
+
+
+def expect_update(cache: Cache | None) -> None:
+    """Tell shortened layers that the next update comes from an attached model."""
+    for layer in cache.layers if cache is not None else ():
+        if isinstance(layer, ShortenedLayer):
+            layer.expected = True
+
+
+def note(cache: Cache, state: Shortened) -> None:
+    """Put `state` on every layer of `cache`."""
+    for number, layer in enumerate(cache.layers):
+        if isinstance(layer, ShortenedLayer):
+            layer.state = state
+        else:
+            cache.layers[number] = ShortenedLayer.of(layer, state)
+
+
+def stored_bytes(cache: Cache) -> tuple[int, int]:
+    """Bytes of keys and values as stored, and as an unpruned model would have stored them."""
+    stored = vanilla = 0
+    for layer in cache.layers:
+        size = layer.keys.nbytes + layer.values.nbytes
+        stored += size
+        slots = layer.keys.shape[-2]
+        vanilla += size * int(layer.get_seq_length()) // slots if slots else 0
+    return stored, vanilla

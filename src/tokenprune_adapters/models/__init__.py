@@ -1,0 +1,1 @@
+"""Whole models: where each kind keeps its tower, projector and language model."""

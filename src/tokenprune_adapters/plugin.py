@@ -1,0 +1,54 @@
+"""What this package offers. Models are claimed by class name, so nothing heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenprune.adapter import ModelAdapter, TowerAdapter
+from tokenprune.plugins import ModelPlugin, TowerPlugin, hookimpl
+
+
+def _clip() -> TowerAdapter:
+    from .towers.hf_clip import ClipTowerAdapter
+
+    return ClipTowerAdapter()
+
+
+def _siglip() -> TowerAdapter:
+    from .towers.hf_clip import SiglipTowerAdapter
+
+    return SiglipTowerAdapter()
+
+
+def _llava() -> ModelAdapter:
+    from .models.llava import LlavaAdapter
+
+    return LlavaAdapter()
+
+
+@hookimpl
+def tokenprune_towers() -> Iterable[TowerPlugin]:
+    """Vision towers of transformers."""
+    yield TowerPlugin(
+        "hf-clip",
+        "CLIP vision towers of transformers: [CLS] rows and keys by hooks on q_proj and k_proj",
+        _clip,
+        ("transformers.models.clip.modeling_clip.CLIPVisionModel",),
+    )
+    yield TowerPlugin(
+        "hf-siglip",
+        "SigLIP vision towers of transformers: keys; no [CLS]",
+        _siglip,
+        ("transformers.models.siglip.modeling_siglip.SiglipVisionModel",),
+    )
+
+
+@hookimpl
+def tokenprune_models() -> Iterable[ModelPlugin]:
+    """Models of transformers."""
+    yield ModelPlugin(
+        "hf-llava",
+        "LLaVA-1.5 of transformers, before the LLM",
+        _llava,
+        ("transformers.models.llava.modeling_llava.LlavaForConditionalGeneration",),
+    )

@@ -1,0 +1,1 @@
+"""Vision towers: how to read visual tokens and signals from each kind."""
