@@ -1,0 +1,26 @@
+"""Settings that all tests share."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "ci",
+    derandomize=True,
+    max_examples=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "fuzz",
+    max_examples=1500,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile(os.environ.get("TOKENPRUNE_HYPOTHESIS_PROFILE", "ci"))
+
+# Tiny tensors gain nothing from threads, and xdist runs one process per core.
+torch.set_num_threads(1)
