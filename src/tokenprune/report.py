@@ -28,7 +28,10 @@ class Report:
     """Numbers of an attachment.
 
     Attributes:
-        images: visual tokens of each image of the latest call, in order.
+        images: visual tokens of each image of the latest call, in order, before the first stage and
+            after the last.
+        layers: the latest call's visual tokens, all images together, in the LLM: pairs of a layer
+            and the tokens from that layer on.
         calls: batches of images reduced since attaching.
         tokens_before, tokens_after: visual tokens of all those calls.
         selector_seconds: time spent scoring, deciding and applying, over all calls.
@@ -37,6 +40,7 @@ class Report:
     """
 
     images: tuple[ImageReport, ...] = ()
+    layers: tuple[tuple[int, int], ...] = ()
     calls: int = 0
     tokens_before: int = 0
     tokens_after: int = 0
@@ -58,6 +62,9 @@ class Report:
             f"visual tokens   {images}",
             f"selector time   {milliseconds:.2f} ms per call ({self.calls} calls)",
         ]
+        if len(self.layers) > 1:
+            steps = ", ".join(f"{tokens} from layer {layer}" for layer, tokens in self.layers)
+            lines.append(f"in the LLM      {steps}")
         if self.kv_bytes_vanilla:
             lines.append(
                 f"KV cache        {_bytes(self.kv_bytes)} of {_bytes(self.kv_bytes_vanilla)}, "
@@ -84,18 +91,39 @@ class Record:
     _pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def reduced(self, reduction: Reduction, before: tuple[int, ...]) -> None:
-        """Note a reduction of rows with `before` visual tokens each."""
-        images = tuple(
-            ImageReport(b, a) for b, a in zip(before, reduction.plan.lengths, strict=True)
-        )
+    def reduced(
+        self, reduction: Reduction, before: tuple[int, ...], layer: int = 0, since: int = 0
+    ) -> None:
+        """Note a reduction of rows with `before` visual tokens each.
+
+        Args:
+            reduction: what was done.
+            before: visual tokens of each row.
+            layer: the LLM layer from which on it holds; 0 is before the LLM.
+            since: the LLM layer from which on `before` held.
+        """
+        after = reduction.plan.lengths
+        images = tuple(ImageReport(b, a) for b, a in zip(before, after, strict=True))
         with self._lock:
+            known = self._report
+            calls, total = known.calls + 1, known.tokens_before + sum(before)
+            layers = [entry for entry in known.layers if entry[0] < since]
+            layers += [(since, sum(before))] if layer else []
+            if layer and before == tuple(image.after for image in known.images):
+                # A further stage of the same call.
+                images = tuple(
+                    ImageReport(image.before, a)
+                    for image, a in zip(known.images, after, strict=True)
+                )
+                calls, total = known.calls, known.tokens_before
+                known = replace(known, tokens_after=known.tokens_after - sum(before))
             self._last = reduction
             self._update(
                 images=images,
-                calls=self._report.calls + 1,
-                tokens_before=self._report.tokens_before + sum(i.before for i in images),
-                tokens_after=self._report.tokens_after + sum(i.after for i in images),
+                layers=(*layers, (layer, sum(after))),
+                calls=calls,
+                tokens_before=total,
+                tokens_after=known.tokens_after + sum(after),
             )
 
     def cached(self, stored: int, vanilla: int) -> None:

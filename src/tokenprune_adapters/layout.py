@@ -21,23 +21,26 @@ class Layout:
         valid: `(batch, physical)` bool, False for fillers; None where there are none.
         back: `(batch, logical)` int64, the physical slot whose state each logical slot shows: its
             own, or for a dropped one that of the last kept before it.
+        tail: newest slots that every row keeps.
     """
 
     index: Tensor
     valid: Tensor | None
     back: Tensor
+    tail: int
 
     @classmethod
     def of(cls, keep: Tensor) -> Layout:
         """The layout that computes the slots where `keep`, `(batch, logical)` bool. One sync."""
         count = keep.sum(1)
-        longest, shortest = torch.stack([count.max(), count.min()]).tolist()
+        kept_by_all = keep.all(0).flip(0).to(torch.int64).cumprod(0).sum()
+        longest, shortest, tail = torch.stack([count.max(), count.min(), kept_by_all]).tolist()
         physical = max(longest, 1)
         order = torch.argsort(keep.to(torch.uint8), dim=1, stable=True)
         index = order[:, keep.shape[1] - physical :]
         valid = None if shortest == physical else keep.gather(1, index)
         back = (keep.cumsum(1) - 1 + (physical - count)[:, None]).clamp(min=0)
-        return cls(index, valid, back)
+        return cls(index, valid, back, tail)
 
     def shorten(self, x: Tensor) -> Tensor:
         """`(batch, logical, ...)` to `(batch, physical, ...)`; fillers are zero."""

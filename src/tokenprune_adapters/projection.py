@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from tokenprune.adapter import NotCopyable, Observation, Removable
 from tokenprune.errors import MissingSignalError, UnsupportedError
-from tokenprune.plan import Plan
 from tokenprune.report import Record
 from tokenprune.strategy import Strategy
 from tokenprune.tokens import VisualTokens
 
 from .carry import carried, carry
+from .llms.store import SignalStore
 from .marks import spread
 
 
@@ -23,15 +23,23 @@ class ReduceBeforeProjector(NotCopyable):
     """Two hooks on a projector: only kept tokens are projected; the rest comes out as marks.
 
     Args:
-        strategy: what to do with the tokens of each image.
+        strategy: what to do with the tokens of each image; None keeps them all.
         observation: the tower's latest pass.
         record: where to note what was done.
+        later: where to leave the tower's signals for stages inside the language model, or None.
     """
 
-    def __init__(self, strategy: Strategy, observation: Observation, record: Record) -> None:
+    def __init__(
+        self,
+        strategy: Strategy | None,
+        observation: Observation,
+        record: Record,
+        later: SignalStore | None = None,
+    ) -> None:
         self.strategy = strategy
         self.observation = observation
         self.record = record
+        self.later = later
 
     def install(self, projector: nn.Module) -> Iterator[Removable]:
         """Yield the handles."""
@@ -47,17 +55,26 @@ class ReduceBeforeProjector(NotCopyable):
             )
         seen, signals = self.observation.take()
         _check_same(features, seen.features)
+        if self.strategy is None:
+            return (carry(features, (None, signals)), *args[1:])
         with self.record.selecting(features.device):
             tokens = VisualTokens.of(features, ids=seen.ids.to(features.device))
             reduction = self.strategy(tokens, signals)
         self.record.reduced(reduction, tokens.lengths)
-        if reduction.plan.is_identity:
-            return None
-        return (carry(reduction.tokens.features, reduction.plan), *args[1:])
+        plan = None if reduction.plan.is_identity else reduction.plan
+        if plan is not None and self.later is not None:
+            signals = signals.reduce(plan)
+        return (carry(reduction.tokens.features, (plan, signals)), *args[1:])
 
     def after(self, projector: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        plan = carried(args[0])
-        return spread(output, plan) if isinstance(plan, Plan) else None
+        left = carried(args[0])
+        if not isinstance(left, tuple):
+            return None
+        plan, signals = left
+        features = output if plan is None else spread(output, plan)
+        if self.later is not None:
+            self.later.put(features, signals)
+        return features
 
 
 def _check_same(features: Tensor, seen: Tensor) -> None:

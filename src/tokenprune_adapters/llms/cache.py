@@ -107,11 +107,11 @@ class ShortenedLayer(DynamicLayer):  # type: ignore[misc]
         raise UnsupportedError("cannot reset a cache whose prompt was shortened; make a new one")
 
 
-def state_of(cache: Cache | None) -> Shortened | None:
-    """How `cache` was shortened, or None."""
-    if cache is None or not cache.layers or not isinstance(cache.layers[0], ShortenedLayer):
-        return None
-    return cache.layers[0].state
+def state_of(cache: Cache | None, number: int | None = None) -> Shortened | None:
+    """How layer `number` of `cache` was shortened, or any layer; None if it was not."""
+    layers = cache.layers if cache is not None else []
+    layers = layers if number is None else layers[number : number + 1]
+    return next((layer.state for layer in layers if isinstance(layer, ShortenedLayer)), None)
 
 
 def check_cache(cache: Cache | None) -> None:
@@ -131,12 +131,17 @@ def expect_update(cache: Cache | None) -> None:
             layer.expected = True
 
 
-def note(cache: Cache, state: Shortened) -> None:
-    """Put `state` on every layer of `cache`."""
+def note(cache: Cache, states: dict[int, Shortened]) -> None:
+    """Put states on the layers of `cache`, each from the layer with its number on.
+
+    Layers that nothing was ever taken from stay as they are.
+    """
+    state = states[0]
     for number, layer in enumerate(cache.layers):
+        state = states.get(number, state)
         if isinstance(layer, ShortenedLayer):
             layer.state = state
-        else:
+        elif state.offset:
             cache.layers[number] = ShortenedLayer.of(layer, state)
 
 

@@ -2,14 +2,15 @@
 
 The hook before the model takes marked (dropped) slots and padding out of the embeddings, masks and
 position ids; the hook after it tells the cache, and puts hidden states back to logical length, so
-that logits, labels, `logits_to_keep` and `generate` need not know.
+that logits, labels, `logits_to_keep` and `generate` need not know. Stages inside the model are the
+business of `inside.py`, whose hooks work on the `Run` that is made here.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,12 +19,19 @@ from torch import Tensor, nn
 from tokenprune.adapter import NotCopyable, Removable
 from tokenprune.errors import UnsupportedError
 from tokenprune.placement import Positions
+from tokenprune.plan import Plan
 from tokenprune.report import Record
 
 from ..carry import carried, carry
-from ..layout import Layout, causal_mask
 from ..marks import marked
 from .cache import Shortened, check_cache, expect_update, note, state_of, stored_bytes
+from .segment import Segment, Slots, enter
+
+RUN = "tokenprune_run"
+"""Name of the private argument that takes a `Run` to the layers, which pop it."""
+
+IMAGES = "tokenprune_images"
+"""Name of the private argument that tells which slots are visual; see `inside.Images`."""
 
 _NEEDED = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
 
@@ -51,12 +59,39 @@ def check_llm(llm: nn.Module) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """What the hook before the model leaves for the hook after it."""
+@dataclass(eq=False)
+class Run:
+    """One forward pass of a language model with something reduced.
 
-    layout: Layout | None
-    state: Shortened
+    Attributes:
+        cache: the pass's cache, or None.
+        past: its logical length before the pass.
+        segments: by the number of their first layer, in order; later ones join as they start.
+        images: which slots of the first segment are visual, where stages inside want to know.
+        inputs: hidden states that went into a layer, kept for the stage after it.
+        rotary: cosine and sine of each segment but the first, by its first layer.
+        merges: what stages inside have merged, by their first layer: slots, mask and plan.
+    """
+
+    cache: Any
+    past: int
+    segments: dict[int, Segment]
+    images: Any = None
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    rotary: dict[int, Any] = field(default_factory=dict)
+    merges: dict[int, tuple[Tensor, Tensor, Plan]] = field(default_factory=dict)
+
+    def segment_of(self, layer: int) -> Segment:
+        """The segment that `layer` belongs to."""
+        return self.segments[max(start for start in self.segments if start <= layer)]
+
+    def restore(self, x: Tensor, layer: int) -> Tensor:
+        """Hidden states of the segment of `layer` back at the caller's slots."""
+        for start in sorted(self.segments, reverse=True):
+            layout = self.segments[start].layout
+            if start <= layer and layout is not None:
+                x = layout.restore(x)
+        return x
 
 
 class ShortenPrompts(NotCopyable):
@@ -65,11 +100,21 @@ class ShortenPrompts(NotCopyable):
     Args:
         positions: ``"reindexed"`` counts the kept tokens anew, ``"original"`` leaves gaps.
         record: where KV bytes are noted.
+        starts: layers at which stages inside the model reduce further; see `inside.py`.
+        to_layers: whether the layers have hooks that want the `Run`.
     """
 
-    def __init__(self, positions: Positions, record: Record) -> None:
+    def __init__(
+        self,
+        positions: Positions,
+        record: Record,
+        starts: tuple[int, ...] = (),
+        to_layers: bool = False,
+    ) -> None:
         self.positions = positions
         self.record = record
+        self.starts = starts
+        self.to_layers = to_layers
 
     def install(self, llm: nn.Module) -> Iterator[Removable]:
         """Yield the handles."""
@@ -79,90 +124,64 @@ class ShortenPrompts(NotCopyable):
     def before(
         self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        images = kwargs.pop(IMAGES, None)
         embeds: Tensor | None = kwargs.get("inputs_embeds")
         if embeds is None:
             return None
         cache = kwargs.get("past_key_values")
-        known = state_of(cache)
         drop = marked(embeds)
         past = int(cache.get_seq_length()) if cache is not None else 0
         real, real_past = _real_columns(kwargs.get("attention_mask"), past, drop)
-        shorten, all_real = torch.stack([drop.any(), real.all()]).tolist()
-        if not shorten and known is None:
-            return None
+        seen = drop[:, :0] if images is None else images.number >= 0
+        shorten, all_real, some_visual = torch.stack([drop.any(), real.all(), seen.any()]).tolist()
+        reduces = bool(self.starts) and some_visual
+        if not (shorten or reduces) and state_of(cache) is None:
+            return (args, kwargs)
         check_cache(cache)
-        batch = embeds.shape[0]
-        state = known or Shortened(0, real_past, drop.new_zeros(batch, dtype=torch.int64), 0)
-        moved = (
-            drop.cumsum(1)
-            if self.positions == "reindexed"
-            else torch.zeros_like(drop, dtype=torch.int64)
-        )
-        place = _positions(kwargs.get("position_ids"), past, drop) - state.moved[:, None] - moved
 
-        layout, valid = None, None if all_real else real
-        if shorten:
-            layout = Layout.of(real & ~drop)
-            embeds, place, valid = layout.shorten(embeds), layout.shorten(place), layout.valid
-        queries, stored = embeds.shape[1], past - state.offset
-        valid = _join(state.valid, valid, batch, stored, queries, embeds.device)
-        kwargs["inputs_embeds"] = carry(
-            embeds,
-            _Call(
-                layout,
-                Shortened(
-                    state.offset + drop.shape[1] - queries,
-                    valid,
-                    state.moved + moved[:, -1],
-                    0 if shorten else state.tail + queries,
-                ),
-            ),
-        )
-        kwargs["position_ids"] = place
-        kwargs["attention_mask"] = self._mask(llm, valid, embeds, stored + queries, cache)
+        fresh = Shortened(0, real_past, drop.new_zeros(embeds.shape[0], dtype=torch.int64), 0)
+        known = state_of(cache, 0) or fresh
+        place = _positions(kwargs.get("position_ids"), past, drop) - known.moved[:, None]
+        slots = Slots(drop if shorten else None, None if all_real else real, place)
+        first = enter(slots, known, past, self.positions, llm, cache is not None)
+        run = Run(cache, past, {0: first})
+        if reduces:
+            run.images = images.within(embeds, first.layout)
+        else:
+            for start in self.starts:
+                state = state_of(cache, start) or fresh
+                moved = place + (known.moved - state.moved)[:, None]
+                same = Slots(None, slots.real, moved)
+                run.segments[start] = enter(same, state, past, "original", llm, cache is not None)
+        if first.layout is not None:
+            embeds = first.layout.shorten(embeds)
+        kwargs["inputs_embeds"] = carry(embeds, run)
+        kwargs["position_ids"] = first.place
+        kwargs["attention_mask"] = first.mask
+        if self.to_layers:
+            kwargs[RUN] = run
         expect_update(cache)
         return args, kwargs
-
-    def _mask(
-        self, llm: nn.Module, valid: Tensor | None, embeds: Tensor, keys: int, cache: object
-    ) -> Tensor | None:
-        attention = str(llm.config._attn_implementation)  # type: ignore[union-attr]
-        flash = "flash" in attention
-        if attention not in ("sdpa", "eager") and not flash:
-            raise UnsupportedError(
-                f"attention implementation {attention!r} cannot run a shortened prompt; use "
-                "model.set_attn_implementation('sdpa'), 'eager' or a flash one"
-            )
-        if flash and self.positions == "original":
-            raise UnsupportedError(
-                f"{attention} takes gaps in position ids for several packed sequences; use "
-                "positions='reindexed', or sdpa"
-            )
-        queries = embeds.shape[1]
-        # Without a mask sdpa may use its fastest kernels. Gaps in the positions of a prompt that
-        # has neither mask nor cache would be taken for several packed sequences.
-        gaps = self.positions == "original" and cache is None
-        if attention == "sdpa" and valid is None and queries in (1, keys) and not gaps:
-            return None
-        return causal_mask(valid, embeds.shape[0], queries, keys, attention, embeds)
 
     def after(
         self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        call = carried(kwargs.get("inputs_embeds"))
-        if not isinstance(call, _Call):
+        run = carried(kwargs.get("inputs_embeds"))
+        if not isinstance(run, Run):
             return None
         cache = output.past_key_values
         if cache is not None:
             check_cache(cache)
-            note(cache, call.state)
-        if call.layout is None:
-            return None
-        if cache is not None:
-            self.record.cached(*stored_bytes(cache))
-        output.last_hidden_state = call.layout.restore(output.last_hidden_state)
+            note(cache, {start: segment.after for start, segment in run.segments.items()})
+            if any(segment.layout is not None for segment in run.segments.values()):
+                self.record.cached(*stored_bytes(cache))
+        last = max(run.segments)
+        output.last_hidden_state = run.restore(output.last_hidden_state, last)
         if output.hidden_states is not None:
-            output.hidden_states = tuple(map(call.layout.restore, output.hidden_states))
+            output.hidden_states = tuple(
+                None if states is None else run.restore(states, max(number - 1, 0))
+                for number, states in enumerate(output.hidden_states)
+            )
         return output
 
 
@@ -190,19 +209,3 @@ def _positions(given: Tensor | None, past: int, drop: Tensor) -> Tensor:
     if given.ndim != 2:
         raise UnsupportedError(f"position_ids must be (batch tokens), got {tuple(given.shape)}")
     return given.to(drop.device).expand(drop.shape)
-
-
-def _join(
-    past: Tensor | None,
-    new: Tensor | None,
-    batch: int,
-    stored: int,
-    queries: int,
-    device: torch.device,
-) -> Tensor | None:
-    """Validity of all physical slots; None where every one is real."""
-    if past is None and new is None:
-        return None
-    past = torch.ones(batch, stored, dtype=torch.bool, device=device) if past is None else past
-    new = torch.ones(batch, queries, dtype=torch.bool, device=device) if new is None else new
-    return torch.cat([past, new], dim=1)

@@ -7,29 +7,35 @@ from typing import Any
 
 from torch import nn
 
-from tokenprune.adapter import ModelAdapter, Observation, Removable, TowerAdapter
+from tokenprune.adapter import ModelAdapter, NotCopyable, Observation, Removable, TowerAdapter
 from tokenprune.budget import Budgeted
 from tokenprune.errors import UnsupportedError
-from tokenprune.placement import BeforeLLM, Placement
+from tokenprune.placement import AfterLayer, BeforeLLM, Placement, Positions
 from tokenprune.plugins import registry
 from tokenprune.report import Record
-from tokenprune.signals import Signal
+from tokenprune.signals import LastQueryAttention, Signal, TextQueryAttention
 from tokenprune.spec import spec_of
 from tokenprune.strategy import Stage
 
-from ..llms.shorten import ShortenPrompts, check_llm
+from ..llms.images import Images
+from ..llms.inside import ReduceInside
+from ..llms.shorten import IMAGES, ShortenPrompts, check_llm
+from ..llms.store import SignalStore
 from ..projection import ReduceBeforeProjector
 from ..versions import check_transformers, expanded_images_guard
 
 
 class LlavaAdapter(ModelAdapter):
-    """Reduces before the projector; the language model computes and caches kept tokens only."""
+    """Reduces before the projector, after decoder layers, or both.
+
+    The language model computes and caches, from each place on, the tokens kept there.
+    """
 
     def provides(self, model: nn.Module, placement: Placement) -> frozenset[type[Signal]]:
-        if not isinstance(placement, BeforeLLM):
+        if not isinstance(placement, (BeforeLLM, AfterLayer)):
             raise UnsupportedError(
-                f"{type(model).__name__} does not offer {spec_of(placement)!r}; it offers "
-                "'before-llm'"
+                f"{type(model).__name__} does not offer {placement!r}; it offers 'before-llm' and "
+                "'after-layer(2)' (any layer)"
             )
         check_transformers()
         core: Any = model.model
@@ -40,23 +46,70 @@ class LlavaAdapter(ModelAdapter):
                 "'default' is supported"
             )
         check_llm(core.language_model)
-        return _tower_adapter(core.vision_tower).provides(core.vision_tower)
+        provided = _tower_adapter(core.vision_tower).provides(core.vision_tower)
+        if isinstance(placement, AfterLayer):
+            return provided | {LastQueryAttention, TextQueryAttention}
+        return provided
 
     def install(
         self, model: nn.Module, stages: tuple[Stage, ...], record: Record
     ) -> Iterator[Removable]:
-        stage = _only(stages)
         core: Any = model.model
-        tower = core.vision_tower
-        observation = Observation()
-        yield from _tower_adapter(tower).install(
-            tower, stage.strategy.signals, observation, _feature_layer(core.config)
-        )
-        reduce = ReduceBeforeProjector(stage.strategy, observation, record)
-        yield from reduce.install(core.multi_modal_projector)
-        assert isinstance(stage.placement, BeforeLLM)
-        yield from ShortenPrompts(stage.placement.positions, record).install(core.language_model)
+        tower, llm = core.vision_tower, core.language_model
+        _check_budgets(stages)
+        before = _before_llm(stages)
+        inside = _inside(stages, len(llm.layers))
+        of_tower = {
+            signal
+            for stage in inside.values()
+            for signal in stage.strategy.signals
+            if not isinstance(signal, (LastQueryAttention, TextQueryAttention))
+        }
+        store = SignalStore(core.get_input_embeddings().weight.dtype)
+        if before is not None or of_tower:
+            observation = Observation()
+            wanted = of_tower | (before.strategy.signals if before is not None else set())
+            yield from _tower_adapter(tower).install(
+                tower, frozenset(wanted), observation, _feature_layer(core.config)
+            )
+            yield from ReduceBeforeProjector(
+                before.strategy if before is not None else None,
+                observation,
+                record,
+                store if of_tower else None,
+            ).install(core.multi_modal_projector)
+        if inside:
+            yield core.register_forward_pre_hook(_FindImages(core).before, with_kwargs=True)
+        positions: Positions = "reindexed"
+        if before is not None:
+            assert isinstance(before.placement, BeforeLLM)
+            positions = before.placement.positions
+        to_layers = bool(inside) or positions == "original"
+        yield from ShortenPrompts(positions, record, tuple(inside), to_layers).install(llm)
+        if to_layers:
+            yield from ReduceInside(llm, inside, store, record).install()
         yield from expanded_images_guard(core)
+
+
+class _FindImages(NotCopyable):
+    """Tells the language model which slots of a prompt hold image features."""
+
+    def __init__(self, core: Any) -> None:
+        vision = core.config.vision_config
+        self.tokens = (vision.image_size // vision.patch_size) ** 2
+
+    def before(
+        self, core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            raise UnsupportedError(
+                "reduction after a layer finds visual tokens by their placeholders in input_ids; "
+                "pass input_ids instead of inputs_embeds"
+            )
+        if kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs") is not None:
+            kwargs[IMAGES] = Images.of(ids == core.config.image_token_id, self.tokens)
+        return args, kwargs
 
 
 def _tower_adapter(tower: nn.Module) -> TowerAdapter:
@@ -64,16 +117,36 @@ def _tower_adapter(tower: nn.Module) -> TowerAdapter:
     return known.claiming(known.towers, tower, None).factory()
 
 
-def _only(stages: tuple[Stage, ...]) -> Stage:
-    if len(stages) > 1:
+def _before_llm(stages: tuple[Stage, ...]) -> Stage | None:
+    found = [stage for stage in stages if isinstance(stage.placement, BeforeLLM)]
+    if len(found) > 1:
         raise UnsupportedError(
-            f"{len(stages)} stages before the LLM; join them into one: "
-            + " | ".join(spec_of(stage.strategy) for stage in stages)
+            f"{len(found)} stages before the LLM; join them into one: "
+            + " | ".join(spec_of(stage.strategy) for stage in found)
         )
-    for step in stages[0].strategy.steps:
+    return found[0] if found else None
+
+
+def _inside(stages: tuple[Stage, ...], layers: int) -> dict[int, Stage]:
+    """Stages by the layer that they start at; one after the last layer has nothing to do."""
+    found: dict[int, Stage] = {}
+    for stage in stages:
+        if not isinstance(stage.placement, AfterLayer):
+            continue
+        start = stage.placement.layers
+        if start in found:
+            raise UnsupportedError(
+                f"two stages at after-layer({start}); join them into one: "
+                f"{spec_of(found[start].strategy)} | {spec_of(stage.strategy)}"
+            )
+        found[start] = stage
+    return {start: found[start] for start in sorted(found) if start < layers}
+
+
+def _check_budgets(stages: tuple[Stage, ...]) -> None:
+    for step in (step for stage in stages for step in stage.strategy.steps):
         if isinstance(step, Budgeted) and step.per == "frame":
             raise UnsupportedError(f"per='frame' in {spec_of(step)!r}: LLaVA-1.5 has no frames")
-    return stages[0]
 
 
 def _feature_layer(config: Any) -> int:

@@ -100,8 +100,10 @@ class _Taps(NotCopyable):
         self.observation.scratch["ids"] = fingerprint(pixels)
 
     def features(self, layer: nn.Module, args: object, output: Any) -> None:
+        if not self.observation.running:
+            return
         hidden = output[0] if isinstance(output, tuple) else output
-        self.observation.scratch["features"] = hidden[:, self.prefix :]
+        self.observation.scratch["features"] = hidden.detach()[:, self.prefix :]
 
     def finish(self, tower: nn.Module, args: object, output: object) -> None:
         scratch = self.observation.scratch
@@ -119,7 +121,11 @@ class _Taps(NotCopyable):
 
 @dataclass(eq=False)
 class _LayerTap(NotCopyable):
-    """Hooks of one attention block: the row is computed in the later of the two."""
+    """Hooks of one attention block: the row is computed in the later of the two.
+
+    Signals take no part in autograd, and a layer that gradient checkpointing runs once more, long
+    after the tower is done, is not observed again.
+    """
 
     taps: _Taps
     number: int
@@ -128,11 +134,14 @@ class _LayerTap(NotCopyable):
     keys: bool
 
     def query(self, projection: nn.Module, args: object, output: Tensor) -> None:
-        if self.rows:
-            self.taps.observation.scratch["query", self.number] = output[:, :1]
+        if self.rows and self.taps.observation.running:
+            self.taps.observation.scratch["query", self.number] = output.detach()[:, :1]
             self.row()
 
     def key(self, projection: nn.Module, args: object, output: Tensor) -> None:
+        if not self.taps.observation.running:
+            return
+        output = output.detach()
         scratch = self.taps.observation.scratch
         heads = self.attention.num_heads
         if self.keys:
