@@ -1,0 +1,44 @@
+"""One answer of a model, and what compression did on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..plan import Plan
+from ..report import Report
+from .timing import attached
+
+if TYPE_CHECKING:
+    from transformers import BatchFeature
+
+    from .loading import Loaded
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said; report and plan are None for vanilla."""
+
+    text: str
+    report: Report | None = None
+    plan: Plan | None = None
+
+
+def answer(loaded: Loaded, inputs: BatchFeature, spec: str | None, tokens: int) -> Answer:
+    """Generate greedily under `spec`, or without compression where it is None.
+
+    Args:
+        loaded: the model, not attached.
+        inputs: of one prompt, exactly as the processor made them.
+        spec: what to attach.
+        tokens: longest answer.
+    """
+    with attached(loaded.model, spec) as pruned, torch.inference_mode():
+        output = loaded.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    new = output[0, inputs["input_ids"].shape[1] :]
+    text: str = loaded.processor.decode(new, skip_special_tokens=True).strip()
+    if pruned is None:
+        return Answer(text)
+    return Answer(text, pruned.report, pruned.last.plan)

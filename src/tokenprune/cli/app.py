@@ -1,0 +1,97 @@
+"""The commands and their options; what they do is in the other files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from .console import console
+
+app = typer.Typer(
+    help="Training-free compression of visual tokens in multimodal LLMs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console().print(f"tokenprune {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _tokenprune(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")
+    ] = False,
+) -> None:
+    """Training-free compression of visual tokens in multimodal LLMs."""
+
+
+@app.command("list")
+def list_command(
+    recipes: Annotated[
+        bool, typer.Option("--recipes", help="Papers, specs, and where we differ from them.")
+    ] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The strategies as a table for documentation.")
+    ] = False,
+) -> None:
+    """Show every scorer, reducer, placement, recipe and adapter that is installed."""
+    from .listing import show_markdown, show_offers, show_recipes
+
+    if recipes:
+        show_recipes()
+    elif markdown:
+        show_markdown()
+    else:
+        show_offers()
+
+
+@app.command("run")
+def run_command(
+    model: Annotated[str, typer.Option(help="Folder of a checkpoint, or a name on the hub.")],
+    image: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="The picture to ask about.")
+    ],
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    prune: Annotated[
+        str, typer.Option(help='What to do, e.g. "cls-attention | evict(128) @ before-llm".')
+    ],
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Answer without compression too.")
+    ] = False,
+    overlay: Annotated[
+        Path | None, typer.Option(help="Write a picture in which discarded patches are dark.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    runs: Annotated[
+        int, typer.Option(min=0, help="Timed runs after a warm-up; 0 measures nothing.")
+    ] = 5,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; the GPU if there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...; as stored.")] = "auto",
+) -> None:
+    """Ask a model about a picture, with and without compression."""
+    from .run import Request, run
+
+    run(Request(model, image, prompt, prune, compare, overlay, max_new_tokens, runs, device, dtype))
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Folder for the picture and the overlay.")] = Path(
+        "tokenprune-demo"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Which picture to draw.")] = 0,
+    runs: Annotated[int, typer.Option(min=0, help="Timed runs after a warm-up.")] = 5,
+) -> None:
+    """Compress the miniature model that is shipped: nothing is downloaded."""
+    from .demo import demo
+
+    demo(out, seed, runs)

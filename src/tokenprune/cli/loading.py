@@ -1,0 +1,106 @@
+"""Models and inputs from what a user typed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from ..errors import TokenpruneError
+
+if TYPE_CHECKING:
+    from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+
+class CommandError(TokenpruneError, ValueError):
+    """Something that was typed on the command line cannot be used."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to answer, and its processor."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+
+    def inputs(self, picture: Image.Image, prompt: str) -> BatchFeature:
+        """What the processor makes of one picture and the text `prompt` with its placeholder."""
+        made = self.processor(images=picture, text=prompt, return_tensors="pt")
+        return made.to(self.model.device, self.model.dtype)
+
+    def text(self, question: str) -> str:
+        """`question` in the model's chat template; as it is where it holds a placeholder."""
+        if self.processor.image_token in question:
+            return question
+        if self.processor.chat_template is None:
+            raise CommandError(
+                "the checkpoint has no chat template; write the whole prompt with "
+                f"{self.processor.image_token} where the picture goes"
+            )
+        parts = [{"type": "image"}, {"type": "text", "text": question}]
+        turns = [{"role": "user", "content": parts}]
+        text: str = self.processor.apply_chat_template(turns, add_generation_prompt=True)
+        return text
+
+    def grid(self, pixels: torch.Tensor) -> tuple[int, int]:
+        """Patches in height and width of a `(3, height, width)` picture."""
+        patch: int = self.model.config.vision_config.patch_size
+        return pixels.shape[1] // patch, pixels.shape[2] // patch
+
+
+def load(path: str, device: str, dtype: str) -> Loaded:
+    """Load a checkpoint that transformers can read.
+
+    Args:
+        path: folder, or name on the hub.
+        device: of the model; "auto" is the GPU where there is one.
+        dtype: name of a torch dtype; "auto" is as stored, but float32 for halves on a CPU.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise CommandError(
+            f"loading a model needs transformers: pip install 'tokenprune-vlm[hf]' ({error})"
+        ) from error
+    quiet()
+    if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
+        raise CommandError(f"there is no folder {path}; give a checkpoint's folder or a hub name")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise CommandError(f"unknown dtype {dtype!r}; try float32, bfloat16 or float16")
+    known: Any = transformers
+    path = str(Path(path).expanduser()) if path.startswith("~") else path
+    try:
+        processor = known.AutoProcessor.from_pretrained(path)
+        model = known.AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise CommandError(f"cannot load a model from {path!r}: {first}") from error
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it has no CUDA
+        first = str(error).strip().partition("\n")[0]
+        raise CommandError(f"cannot use device {device!r}: {first}") from error
+    if dtype == "auto" and device == "cpu" and model.dtype == torch.float16:
+        model = model.float()  # half precision is emulated, slowly, on most CPUs
+    return Loaded(model.eval(), processor)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture in a file, in RGB."""
+    try:
+        return Image.open(path).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise CommandError(f"{path} is not a picture that Pillow can read") from error
+
+
+def quiet() -> None:
+    """No progress bars and advice of transformers between our lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
