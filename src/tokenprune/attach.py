@@ -46,10 +46,12 @@ class Attachment:
 
     def detach(self) -> None:
         """Remove everything that was installed. Doing it twice is harmless."""
-        self._installed.close()
-        model = self._model()
-        if model is not None and _attached.get(model) is self:
-            del _attached[model]
+        try:
+            self._installed.close()
+        finally:
+            model = self._model()
+            if model is not None and _attached.get(model) is self:
+                del _attached[model]
 
     def __enter__(self) -> Attachment:
         return self
@@ -89,6 +91,8 @@ def attach(model: nn.Module, *stages: Stage | str, adapter: str | None = None) -
     parsed = tuple(_stages(stages))
     if not parsed:
         raise SpecError("attach needs at least one stage, e.g. attach(model, 'vtc-cls(keep=128)')")
+    known = registry()
+    plugin = known.claiming(known.models, model, adapter)
     for part in model.modules():
         present = _attached.get(part)
         if present is not None:
@@ -96,8 +100,6 @@ def attach(model: nn.Module, *stages: Stage | str, adapter: str | None = None) -
                 f"{type(part).__name__} is already attached with {present.spec!r}; detach it "
                 "first, or give all stages to one attach call"
             )
-    known = registry()
-    plugin = known.claiming(known.models, model, adapter)
     chosen = plugin.factory()
     for stage in parsed:
         _check_signals(chosen.provides(model, stage.placement), stage, type(model).__name__)

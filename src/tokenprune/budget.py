@@ -40,6 +40,7 @@ class Keep:
         if self.per not in PER:
             raise BudgetError(f"per must be one of {', '.join(PER)}, got {self.per!r}")
         if isinstance(self.amount, float):
+            object.__setattr__(self, "amount", float(self.amount))  # numpy's float64 is a float
             if not 0.0 < self.amount <= 1.0:
                 raise BudgetError(
                     f"a fraction to keep must be in (0, 1], got {self.amount}; "
@@ -47,12 +48,14 @@ class Keep:
                 )
             return
         try:
+            if isinstance(self.amount, bool):
+                raise TypeError
             amount = operator.index(self.amount)
         except TypeError:
             raise BudgetError(
                 f"keep must be an int (count) or a float (fraction), got {self.amount!r}"
             ) from None
-        if isinstance(self.amount, bool) or amount < 0:
+        if amount < 0:
             raise BudgetError(f"a count of tokens to keep must be >= 0, got {self.amount!r}")
         object.__setattr__(self, "amount", amount)
 

@@ -15,6 +15,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from .errors import ShapeError
+from .precision import full_precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +46,11 @@ class Plan:
                 f"anchors must be int64 and mask bool, got {self.anchors.dtype}, {self.mask.dtype}"
             )
         expected = (*self.anchors.shape, self.tokens)
-        if self.weights is not None and self.weights.shape != expected:
+        weights = self.weights
+        if weights is not None and (weights.shape != expected or weights.dtype != torch.float32):
             raise ShapeError(
-                f"weights must have axes (batch kept tokens) = {expected}, "
-                f"got {tuple(self.weights.shape)}"
+                f"weights must be float32 with axes (batch kept tokens) = {expected}, "
+                f"got {weights.dtype} {tuple(weights.shape)}"
             )
 
     @cached_property
@@ -96,17 +98,25 @@ class Plan:
         return plan
 
     @classmethod
-    def group(cls, groups: Tensor, sizes: Tensor) -> Plan:
+    def group(
+        cls, groups: Tensor, sizes: Tensor, lengths: tuple[int, ...] | None = None
+    ) -> Plan:
         """Merge the tokens of each group into their size-weighted mean.
 
         Args:
             groups: `(batch, tokens)` int64 in [0, tokens): equal numbers are one group; -1 drops
                 the token (padding). Which numbers are used does not matter.
             sizes: `(batch, tokens)` how many original tokens each slot stands for.
+            lengths: groups per row where the caller knows them; saves a host sync.
 
         Returns:
             A plan whose outputs stand in the order of the smallest member of each group.
         """
+        if groups.ndim != 2 or groups.dtype != torch.int64 or sizes.shape != groups.shape:
+            raise ShapeError(
+                "groups must be int64 and sizes numbers, both with axes (batch tokens), got "
+                f"{groups.dtype} {tuple(groups.shape)} and {tuple(sizes.shape)}"
+            )
         batch, tokens = groups.shape
         slots = torch.arange(tokens, device=groups.device)
         real = groups >= 0
@@ -116,7 +126,7 @@ class Plan:
             1, groups.clamp(min=0), torch.where(real, slots, tokens), reduce="amin"
         )
         anchor_of = first.gather(1, groups.clamp(min=0))
-        base = cls.select(real & (anchor_of == slots))
+        base = cls.select(real & (anchor_of == slots), lengths)
         member = (anchor_of[:, None, :] == base.anchors[:, :, None]) & real[:, None, :]
         member = member & base.mask[:, :, None]
         mass = member * sizes[:, None, :].to(torch.float32)
@@ -147,11 +157,9 @@ class Plan:
             return taken
         dtype = torch.promote_types(x.dtype, torch.float32)
         flat = x.flatten(2) if x.ndim > 2 else x[:, :, None]
-        # Dropped tokens and padding may hold inf or NaN: 0 * inf must not reach a kept token.
-        used = (self.weights != 0).any(1)
-        flat = torch.where(used[:, :, None], flat, 0).to(dtype)
-        mixed = torch.bmm(self.weights.to(dtype), flat).to(x.dtype).reshape(taken.shape)
-        alone = ((self.weights != 0).sum(-1) == 1) & (self.weights.amax(-1) == 1)
+        mixed = _mix(self.weights.to(dtype), flat.to(dtype)).to(x.dtype).reshape(taken.shape)
+        own = self.weights.gather(2, self.anchors[:, :, None]).squeeze(2)
+        alone = ((self.weights != 0).sum(-1) == 1) & (own == 1)
         copy = (alone | ~self.mask).reshape(*alone.shape, *(1,) * (taken.ndim - 2))
         return torch.where(copy, taken, mixed)
 
@@ -173,7 +181,8 @@ class Plan:
             )
         weights = None
         if self.weights is not None or after.weights is not None:
-            weights = torch.bmm(after.dense(), self.dense())
+            with full_precision(self.anchors.device):
+                weights = torch.bmm(after.dense(), self.dense())
         plan = Plan(self.anchors.gather(1, after.anchors), after.mask, self.tokens, weights)
         plan.__dict__["lengths"] = after.lengths
         return plan
@@ -189,8 +198,8 @@ class Plan:
     def source(self) -> Tensor:
         """Where each token went: `(batch, tokens)` int64 index of its kept slot, -1 = dropped.
 
-        A token that several kept slots use (PruMerge) reports the one with the largest weight;
-        its own slot wins ties.
+        A token that several kept slots use (PruMerge) reports the one with the largest weight,
+        and an anchor always reports its own.
 
         >>> Plan.select(torch.tensor([[True, False, True]])).source()
         tensor([[ 0, -1,  1]])
@@ -207,3 +216,21 @@ class Plan:
         spare = torch.cat([source, source[:, :1]], dim=1)
         spare.scatter_(1, self.anchors.masked_fill(~self.mask, self.tokens), numbers)
         return spare[:, : self.tokens]
+
+
+def _mix(weights: Tensor, x: Tensor) -> Tensor:
+    """`weights @ x` over members alone: what has no weight in a group cannot reach it.
+
+    Plain matrix products let inf and NaN through, because 0 * inf is NaN.
+    """
+    finite = x.isfinite()
+    with full_precision(x.device):
+        mixed = torch.bmm(weights, x.where(finite, 0))
+        if bool(finite.all()):
+            return mixed
+        member = (weights != 0).to(x.dtype)
+        for value in (torch.inf, -torch.inf, torch.nan):
+            there = x.isnan() if value != value else x == value
+            reached = torch.bmm(member, there.to(x.dtype)) > 0
+            mixed = mixed + reached.to(x.dtype).masked_fill(reached, value)
+        return mixed

@@ -91,8 +91,9 @@ def _expand(call: _Call) -> str | None:
     recipe = known.named(known.recipes, call.name, "recipe")
     if recipe is None:
         return None
-    unknown = [name for name in call.named if name not in recipe.defaults]
-    if unknown or len(call.positional) > len(recipe.defaults):
+    placed = list(recipe.defaults)[: len(call.positional)]
+    wrong = [name for name in call.named if name not in recipe.defaults or name in placed]
+    if wrong or len(call.positional) > len(recipe.defaults):
         if known.named(known.reducers, call.name, "reducer") is not None:
             return None
         raise SpecError(
@@ -106,6 +107,11 @@ def _step(call: _Call, spec: str) -> Scorer | Reducer:
     known = registry()
     scorer = known.named(known.scorers, call.name, "scorer")
     reducer = known.named(known.reducers, call.name, "reducer")
+    if scorer is not None and reducer is not None:
+        raise SpecError(
+            f"{call.name!r} in {spec!r} is both a scorer and a reducer, of different plugins; use "
+            "the class instead of its name"
+        )
     plugin = scorer or reducer
     if plugin is None:
         recipe = known.named(known.recipes, call.name, "recipe")
@@ -153,8 +159,8 @@ def _call(text: str, spec: str) -> _Call:
         positional = tuple(ast.literal_eval(value) for value in call.args)
         named = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords if k.arg}
         if len(named) < len(call.keywords):
-            raise ValueError("'**' is not allowed")
-    except (SyntaxError, ValueError) as error:
+            raise ValueError("a name stands twice, or '**' is used")
+    except (SyntaxError, TypeError, ValueError) as error:  # TypeError: {[1]} is unhashable
         raise SpecError(
             f"cannot read the arguments {arguments} of {name!r} in {spec!r}: {error}; they must "
             "be Python literals, e.g. (128), (layers=3) or (ensemble='max')"
@@ -182,6 +188,11 @@ def _split(text: str, separator: str, spec: str) -> list[str]:
             parts.append(text[start:index])
             start = index + 1
     parts.append(text[start:])
+    if not text.strip():
+        raise SpecError(
+            f"a stage or step is missing in {spec!r}; a spec looks like "
+            "'cls-attention | evict(128) @ before-llm'"
+        )
     if not all(part.strip() for part in parts):
         raise SpecError(f"nothing stands on one side of {separator!r} in {spec!r}")
     return parts
@@ -206,7 +217,8 @@ def _arguments_of(value: object) -> str:
         given = getattr(value, field.name)
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             shown.append(repr(given))
-        elif given != (
+        # Compared as written, because 1 == 1.0 == True but a budget of 1 is not one of 1.0.
+        elif repr(given) != repr(
             field.default_factory()
             if field.default_factory is not dataclasses.MISSING
             else field.default

@@ -15,6 +15,7 @@ from torch import Tensor
 from .errors import ScoreError, ShapeError, SpecError
 from .placement import Placement
 from .plan import Plan
+from .precision import full_precision
 from .signals import Signal, Signals
 from .tokens import VisualTokens
 
@@ -112,10 +113,13 @@ class Strategy:
             ScoreError: a scorer returned NaN on a real token.
             ShapeError: a scorer or a signal has the wrong axes.
         """
-        signals = Signals() if signals is None else signals
+        with full_precision(tokens.features.device):
+            return self._run(tokens, Signals() if signals is None else signals)
+
+    def _run(self, tokens: VisualTokens, signals: Signals) -> Reduction:
         plan: Plan | None = None
         scores = first = None
-        for step in self.steps:
+        for number, step in enumerate(self.steps, start=1):
             if isinstance(step, Scorer):
                 scores = step.score(tokens, signals)
                 _check_scores(step, scores, tokens)
@@ -126,7 +130,7 @@ class Strategy:
             if decided.is_identity:
                 continue
             tokens = tokens.reduce(decided)
-            if step is not self.steps[-1]:
+            if number < len(self.steps):
                 signals = signals.reduce(decided)
                 scores = None if scores is None else decided(scores)
         assert plan is not None

@@ -89,7 +89,7 @@ class VisualTokens:
             torch.arange(count, device=device).expand(batch, count)
             if positions is None
             else positions,
-            torch.ones(batch, count, device=device) if sizes is None else sizes,
+            ones.to(torch.float32) if sizes is None else sizes,
             ~ones if protected is None else protected,
             torch.zeros(batch, dtype=torch.int64, device=device) if ids is None else ids,
         )
@@ -115,8 +115,8 @@ class VisualTokens:
         if plan.weights is None:
             sizes = plan(self.sizes)
         else:
-            member = (plan.weights != 0).to(torch.float32)
-            sizes = (member @ self.sizes[:, :, None]).squeeze(-1)
+            # A sum, not a matrix product: counts stay exact under autocast and TF32.
+            sizes = torch.where(plan.weights != 0, self.sizes[:, None, :], 0).sum(-1)
         reduced = VisualTokens(
             plan(self.features),
             plan.mask,

@@ -133,9 +133,12 @@ def _collect(
     manager: pluggy.PluginManager, registry: Registry, plugin: object, origin: str
 ) -> None:
     """Add what one plugin offers: all of it, or on any error none of it."""
+    if manager.is_registered(plugin):
+        raise PluginError("another entry point offers the same object")
     others = set(manager.get_plugins())
-    manager.register(plugin)
     try:
+        # Inside: pluggy keeps the hooks that it had read before it met a faulty one.
+        manager.register(plugin)
         try:
             manager.check_pending()
         except pluggy.PluginValidationError as error:

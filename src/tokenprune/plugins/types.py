@@ -66,6 +66,10 @@ class TowerPlugin(Plugin):
     factory: Callable[[], TowerAdapter]
     claims: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_claims(self)
+
 
 @dataclass(frozen=True)
 class ModelPlugin(Plugin):
@@ -73,6 +77,10 @@ class ModelPlugin(Plugin):
 
     factory: Callable[[], ModelAdapter]
     claims: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_claims(self)
 
 
 @dataclass(frozen=True)
@@ -107,3 +115,11 @@ class RecipePlugin(Plugin):
         arguments.update(zip(arguments, values, strict=False))
         arguments.update(named)
         return self.template.format_map({name: repr(value) for name, value in arguments.items()})
+
+
+def _check_claims(plugin: TowerPlugin | ModelPlugin) -> None:
+    # A lone string would claim every class whose name is a part of it.
+    if isinstance(plugin.claims, str) or not all(isinstance(name, str) for name in plugin.claims):
+        raise PluginError(
+            f"plugin {plugin.name!r} must claim a tuple of full class names, got {plugin.claims!r}"
+        )

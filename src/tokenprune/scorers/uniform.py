@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,10 +25,13 @@ class UniformScorer(Scorer):
     Not equivariant to permutations: it looks at the place of a token, not at what it holds.
     """
 
+    exempt: ClassVar[Mapping[str, str]] = {"S5": "it looks at the place of a token alone"}
+
     def score(self, tokens: VisualTokens, signals: Signals) -> Tensor:
         rank = (tokens.mask.cumsum(1) - 1).clamp(min=0)
-        table = pad_sequence([_visits(length) for length in tokens.lengths], batch_first=True)
-        scores = table.to(tokens.features.device).gather(1, rank)
+        rows = [_visits(max(length, 1)) for length in tokens.lengths]
+        table = pad_sequence(rows, batch_first=True).to(tokens.features.device)
+        scores = table.gather(1, rank)
         return scores.masked_fill(~tokens.mask, -torch.inf)
 
 
