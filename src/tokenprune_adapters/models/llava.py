@@ -21,6 +21,7 @@ from ..llms.images import Images
 from ..llms.inside import ReduceInside
 from ..llms.shorten import IMAGES, ShortenPrompts, check_llm
 from ..llms.store import SignalStore
+from ..marks import marked
 from ..projection import ReduceBeforeProjector
 from ..versions import check_transformers, expanded_images_guard
 
@@ -78,6 +79,7 @@ class LlavaAdapter(ModelAdapter):
                 record,
                 store if of_tower else None,
             ).install(core.multi_modal_projector)
+            yield core.register_forward_hook(_hide_marks)
         if inside:
             yield core.register_forward_pre_hook(_FindImages(core).before, with_kwargs=True)
         positions: Positions = "reindexed"
@@ -110,6 +112,13 @@ class _FindImages(NotCopyable):
         if kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs") is not None:
             kwargs[IMAGES] = Images.of(ids == core.config.image_token_id, self.tokens)
         return args, kwargs
+
+
+def _hide_marks(core: nn.Module, args: object, output: Any) -> None:
+    """Callers see the image features that entered the language model, without marks."""
+    features = getattr(output, "image_hidden_states", None)
+    if features is not None:
+        output.image_hidden_states = features[~marked(features)]
 
 
 def _tower_adapter(tower: nn.Module) -> TowerAdapter:
