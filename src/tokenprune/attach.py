@@ -65,7 +65,7 @@ class Attachment:
         self.detach()
 
     def __repr__(self) -> str:
-        return f"Attachment({self.spec!r})"
+        return f"Attachment({_shown(self.stages)!r})"
 
 
 def attach(model: nn.Module, *stages: Stage | str, adapter: str | None = None) -> Attachment:
@@ -97,8 +97,8 @@ def attach(model: nn.Module, *stages: Stage | str, adapter: str | None = None) -
         present = _attached.get(part)
         if present is not None:
             raise AttachError(
-                f"{type(part).__name__} is already attached with {present.spec!r}; detach it "
-                "first, or give all stages to one attach call"
+                f"{type(part).__name__} is already attached with {_shown(present.stages)!r}; "
+                "detach it first, or give all stages to one attach call"
             )
     chosen = plugin.factory()
     for stage in parsed:
@@ -171,11 +171,19 @@ def _install(stack: ExitStack, handles: Iterator[Removable]) -> None:
         raise
 
 
+def _shown(stages: tuple[Stage, ...]) -> str:
+    """The spec of `stages`, or their repr where a step belongs to no installed plugin."""
+    try:
+        return "; ".join(map(spec_of, stages))
+    except SpecError:
+        return repr(stages)
+
+
 def _check_signals(provided: frozenset[type[Signal]], stage: Stage, model: str) -> None:
     missing = {type(signal) for signal in stage.strategy.signals} - provided
     if missing:
         raise UnsupportedError(
-            f"{model} cannot supply {_names(missing)} to {spec_of(stage)!r}; it supplies "
+            f"{model} cannot supply {_names(missing)} to {_shown((stage,))!r}; it supplies "
             f"{_names(provided) or 'no signals'}. Scorers that work here: {_scorers(provided)}"
         )
 

@@ -1,0 +1,146 @@
+"""What the contract kit needs to know: how to build PocketVLM, and prompts for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune import ClsAttention, Placement, Signal
+from tokenprune.testing import ModelCase, Prompt, TowerCase
+
+from .model import IMAGE, Cache, Config, PocketVLM, Vision
+
+PAD = 0
+
+
+# --8<-- [start:build]
+def build() -> PocketVLM:
+    """Random weights, scaled so that attention is peaked and logits are about 10."""
+    model = PocketVLM().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            scale = 1.0 if weight.ndim < 2 or "embed" in name else 2 / weight.shape[1] ** 0.5
+            scale = 0.1 if name.endswith("bias") else scale
+            weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+    return model
+
+
+def picture(seed: int) -> Tensor:
+    """`(3, 16, 16)` noise."""
+    return torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def prompt(*parts: int | Tensor) -> Prompt:
+    """A prompt of ids of words and of pictures."""
+    visual = Config().visual_tokens
+    images = [part for part in parts if isinstance(part, Tensor)]
+    ids = [n for p in parts for n in ([IMAGE] * visual if isinstance(p, Tensor) else [p])]
+    return Prompt((ids, images), length=len(ids), visual=(visual,) * len(images))
+
+
+def prompts() -> list[Prompt]:
+    """One picture, two pictures, text only: of different lengths, so that rows are padded."""
+    return [
+        prompt(11, 12, picture(1), 13, 14),
+        prompt(21, picture(2), 22, 23, picture(3), 24, 25, 26),
+        prompt(31, 32, 33),
+    ]
+
+
+def collate(batch: Sequence[Prompt]) -> dict[str, Any]:
+    """Left-padded arguments of `PocketVLM.forward`."""
+    longest = max(prompt.length for prompt in batch)
+    ids = [[PAD] * (longest - prompt.length) + prompt.inputs[0] for prompt in batch]
+    images = [image for prompt in batch for image in prompt.inputs[1]]
+    made = torch.tensor(ids)
+    inputs = {"ids": made, "mask": made != PAD}
+    return {**inputs, "pixels": torch.stack(images)} if images else inputs
+    # --8<-- [end:build]
+
+
+def extend(inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
+    """The same prompts with text appended."""
+    mask = torch.cat([inputs["mask"], torch.ones_like(ids, dtype=torch.bool)], dim=1)
+    return {**inputs, "ids": torch.cat([inputs["ids"], ids], dim=1), "mask": mask}
+
+
+# --8<-- [start:oracle]
+def by_hand(
+    model: nn.Module, prompt: Prompt, kept: list[list[int]], placement: Placement, steps: int
+) -> Tensor:
+    """`(steps, vocabulary)` logits of one prompt, without cache, padding and hooks."""
+    assert isinstance(model, PocketVLM)
+    ids, images = prompt.inputs
+    pieces, image, place = [], 0, 0
+    while place < len(ids):
+        if ids[place] == IMAGE:
+            patches = model.vision(images[image][None])[0, 1:]
+            pieces.append(model.projector(patches[kept[image]]))
+            image, place = image + 1, place + len(patches)
+        else:
+            pieces.append(model.embed(torch.tensor(ids[place : place + 1])))
+            place += 1
+    x, logits = torch.cat(pieces)[None], []
+    for _ in range(steps):
+        mask, positions = torch.ones(x.shape[:2], dtype=torch.bool), torch.arange(x.shape[1])
+        hidden = model.decoder(x, mask=mask, positions=positions[None], cache=Cache())
+        logits.append(model.head(hidden[0, -1]))
+        x = torch.cat([x, model.embed(logits[-1].argmax()[None, None])], dim=1)
+    return torch.stack(logits)
+    # --8<-- [end:oracle]
+
+
+def row_by_hand(tower: nn.Module, inputs: dict[str, Any], signal: Signal) -> Tensor:
+    """[CLS] rows of the blocks, from full attention maps."""
+    assert isinstance(tower, Vision)
+    assert isinstance(signal, ClsAttention)
+    assert isinstance(signal.layers, tuple)
+    maps: list[Tensor] = []
+    handles = [
+        block.attention.register_forward_pre_hook(
+            lambda module, args: maps.append(
+                torch.einsum(
+                    "bhqc,bhkc->bhqk",
+                    module.split(module.query(args[0])),
+                    module.split(module.key(args[0])),
+                )
+                .div((module.query.out_features / module.heads) ** 0.5)
+                .softmax(-1)
+            )
+        )
+        for block in tower.blocks
+    ]
+    tower(**inputs)
+    for handle in handles:
+        handle.remove()
+    return torch.stack([maps[layer][:, :, 0, 1:] for layer in signal.layers], dim=1)
+
+
+# --8<-- [start:cases]
+def cases() -> Iterable[TowerCase | ModelCase]:
+    """What `pytest --tokenprune-plugin tokenprune-pocketvlm` builds and checks."""
+    yield TowerCase(
+        "pocketvlm's tower",
+        build=lambda: build().vision,
+        inputs=lambda: {"pixels": torch.stack([picture(n) for n in range(3)])},
+        signals=[ClsAttention(layers=(-1,)), ClsAttention(layers=(-3, -1))],
+        feature_layer=-1,
+        features=lambda tower, inputs: tower(**inputs)[:, 1:],
+        oracle=row_by_hand,
+    )
+    yield ModelCase(
+        "pocketvlm",
+        build,
+        prompts,
+        collate,
+        next_logits=lambda model, inputs: model(**inputs).logits,
+        generate=lambda model, inputs, steps: model.generate(**inputs, steps=steps),  # type: ignore[operator]
+        extend=extend,
+        cache_lengths=lambda model, inputs: [k.shape[2] for k in model(**inputs).cache.keys],
+        oracle=by_hand,
+    )
+    # --8<-- [end:cases]

@@ -1,0 +1,260 @@
+"""What can be checked: scorers and reducers, and cases that say how to build towers and models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SpecError, TokenpruneError
+from ..placement import BeforeLLM, Placement
+from ..plan import Plan
+from ..scorers import RandomScorer
+from ..signals import Signal
+from ..strategy import Reducer, Scorer
+from .inputs import Inputs
+
+Exceptions: TypeAlias = Mapping[str, str]
+"""Number of a promise -> why it is not kept."""
+
+_NONE: Exceptions = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class ScorerCase:
+    """A scorer to check.
+
+    Attributes:
+        scorer: an instance.
+        expected_failures: promises that it is known to break, with reasons; strict.
+    """
+
+    scorer: Scorer
+    expected_failures: Exceptions = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """For test ids."""
+        return _called(self.scorer)
+
+    @property
+    def exempt(self) -> Exceptions:
+        """The opt-outs that the class declares."""
+        return getattr(self.scorer, "exempt", _NONE)
+
+
+@dataclass(frozen=True)
+class ReducerCase:
+    """A reducer to check. Where it has a field `keep`, the checks vary it.
+
+    Attributes:
+        reducer: an instance.
+        expected_failures: promises that it is known to break, with reasons; strict.
+    """
+
+    reducer: Reducer
+    expected_failures: Exceptions = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """For test ids."""
+        return _called(self.reducer)
+
+    @property
+    def exempt(self) -> Exceptions:
+        """The opt-outs that the class declares."""
+        return getattr(self.reducer, "exempt", _NONE)
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether there is a budget to vary."""
+        return any(f.name == "keep" for f in dataclasses.fields(self.reducer))  # type: ignore[arg-type]
+
+    def keeping(self, keep: int | float) -> Reducer:
+        """The reducer with this budget, or as it is where it has none."""
+        if not self.budgeted:
+            return self.reducer
+        made: Reducer = dataclasses.replace(self.reducer, keep=keep)  # type: ignore[type-var]
+        return made
+
+    def plan(self, inputs: Inputs, keep: int | float) -> Plan:
+        """Its decision."""
+        return self.keeping(keep).plan(inputs.tokens, inputs.scores, inputs.signals)
+
+
+@dataclass(frozen=True)
+class TowerCase:
+    """How to build a tiny vision tower and run it.
+
+    Attributes:
+        name: for test ids.
+        build: makes the tower, the same every time, in eval mode, with weights that make its
+            attention peaked: near-uniform rows let most faults through.
+        inputs: makes keyword arguments of the tower's forward, for three pictures or more.
+        signals: requests to observe.
+        feature_layer: the block whose output is the features.
+        adapter: name of the tower adapter, where several claim the class.
+        oracle: `(tower, inputs, signal)` to what the signal must be, derived some other way, e.g.
+            from `output_attentions` of eager attention. Optional, and what gives T2 its teeth.
+        features: `(tower, inputs)` to the `(batch, tokens, channels)` features. Optional.
+        run: calls the tower.
+        expected_failures: promises that its adapter is known to break, with reasons; strict.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], dict[str, Any]]
+    signals: Sequence[Signal]
+    feature_layer: int = -2
+    adapter: str | None = None
+    oracle: Callable[[nn.Module, dict[str, Any], Signal], Tensor] | None = None
+    features: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None
+    run: Callable[[nn.Module, dict[str, Any]], Any] = lambda tower, inputs: tower(**inputs)
+    expected_failures: Exceptions = field(default_factory=dict)
+    exempt: Exceptions = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a `ModelCase`.
+
+    Attributes:
+        inputs: whatever `ModelCase.collate` needs to make it a part of a batch.
+        length: tokens of the whole prompt, each visual token counted.
+        visual: visual tokens of each of its images; empty for a text-only prompt.
+    """
+
+    inputs: Any
+    length: int
+    visual: tuple[int, ...] = ()
+
+
+def _next_logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    logits: Tensor = model(**inputs).logits
+    return logits[:, -1]
+
+
+def _generate(model: nn.Module, inputs: dict[str, Any], steps: int) -> tuple[Tensor, Tensor]:
+    made = model.generate(  # type: ignore[operator]
+        **inputs,
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return made.sequences[:, -steps:], torch.stack(made.logits, dim=1)
+
+
+def _extend(inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
+    return {
+        **inputs,
+        "input_ids": torch.cat([inputs["input_ids"], ids], dim=1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(ids)], dim=1),
+    }
+
+
+def _cache_lengths(model: nn.Module, inputs: dict[str, Any]) -> list[int]:
+    return [
+        layer.keys.shape[-2] for layer in model(**inputs, use_cache=True).past_key_values.layers
+    ]
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """How to build a tiny model, prompts for it, and how it is called.
+
+    The functions default to the conventions of transformers, with LEFT padding.
+
+    Attributes:
+        name: for test ids.
+        build: makes the model, the same every time, in eval mode, with weights that make attention
+            peaked and logits large: with the usual initialisation most faults are invisible.
+        prompts: makes at least three prompts of different lengths: one image, two images and text
+            only. With a batch of one, or without padding, most faults are invisible too.
+        collate: makes left-padded keyword arguments of forward from prompts.
+        placements: where the adapter says that it can act.
+        unsupported: placements that it must refuse; one that no model can serve is always tried.
+        scorer: what ranks; its choice must not depend on the text.
+        adapter: name of the model adapter, where several claim the class.
+        next_logits: `(model, inputs)` to `(batch, vocabulary)` logits of each prompt's next token.
+        generate: `(model, inputs, steps)` to greedy `(batch, steps)` ids and `(batch, steps,
+            vocabulary)` logits, with a KV cache; never stops early.
+        extend: `(inputs, ids)` to inputs with `(batch, steps)` text ids appended.
+        cache_lengths: `(model, inputs)` to the slots that a prefill stores, per layer.
+        oracle: `(model, prompt, kept, placement, steps)` to the `(steps, vocabulary)` greedy logits
+            of one prompt, derived without the adapter: hand-built embeddings of the slots `kept`
+            of each image. Optional, and what gives M4 and M6 their teeth.
+        steps: tokens to generate.
+        tolerance: how far logits may be apart where other kernels compute them.
+        expected_failures: promises that its adapter is known to break, with reasons; strict.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    prompts: Callable[[], Sequence[Prompt]]
+    collate: Callable[[Sequence[Prompt]], dict[str, Any]]
+    placements: Sequence[Placement] = (BeforeLLM(),)
+    unsupported: Sequence[Placement] = ()
+    scorer: Scorer = RandomScorer()  # noqa: RUF009
+    adapter: str | None = None
+    next_logits: Callable[[nn.Module, dict[str, Any]], Tensor] = _next_logits
+    generate: Callable[[nn.Module, dict[str, Any], int], tuple[Tensor, Tensor]] = _generate
+    extend: Callable[[dict[str, Any], Tensor], dict[str, Any]] = _extend
+    cache_lengths: Callable[[nn.Module, dict[str, Any]], Sequence[int]] = _cache_lengths
+    oracle: Callable[[nn.Module, Prompt, list[list[int]], Placement, int], Tensor] | None = None
+    steps: int = 3
+    tolerance: float = 1e-4
+    expected_failures: Exceptions = field(default_factory=dict)
+    exempt: Exceptions = field(default_factory=dict)
+
+
+Case: TypeAlias = ScorerCase | ReducerCase | TowerCase | ModelCase
+Subject: TypeAlias = Case | Scorer | Reducer | type[Scorer] | type[Reducer]
+
+
+def as_case(subject: Subject) -> Case:
+    """The case that `subject` is, or describes: instances and classes of steps are wrapped."""
+    if isinstance(subject, (ScorerCase, ReducerCase, TowerCase, ModelCase)):
+        return subject
+    step = default(subject) if isinstance(subject, type) else subject
+    if isinstance(step, Scorer):
+        return ScorerCase(step)
+    if isinstance(step, Reducer):
+        return ReducerCase(step)
+    raise SpecError(
+        f"checks are for scorers, reducers, TowerCase and ModelCase objects, got {subject!r}"
+    )
+
+
+def default(factory: type[Scorer] | type[Reducer]) -> Scorer | Reducer:
+    """`factory` with its defaults; a field `keep` without one gets 4.
+
+    Raises:
+        SpecError: it needs other arguments; give the checks an instance.
+    """
+    fields: tuple[dataclasses.Field[Any], ...] = (
+        dataclasses.fields(factory) if dataclasses.is_dataclass(factory) else ()
+    )
+    needed = [
+        f.name
+        for f in fields
+        if f.init and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    try:
+        return factory(**{name: 4 for name in needed if name == "keep"})
+    except (TypeError, TokenpruneError) as error:
+        raise SpecError(
+            f"{factory.__name__} cannot be made with default arguments ({error}); give the checks "
+            "an instance"
+        ) from error
+
+
+def _called(step: object) -> str:
+    shown = repr(step)
+    return shown if len(shown) < 60 else type(step).__name__

@@ -1,0 +1,87 @@
+"""`parametrize_with_checks`: the contract as pytest parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import pytest
+
+from ..errors import SpecError
+from . import models, plans, scorers, towers
+from .cases import Case, Subject, as_case
+from .promises import CHECKS, OPTIONAL, Check
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+SECTIONS = (scorers, plans, towers, models)
+"""The modules that hold the checks, in the order of the contract."""
+
+
+def checks_for(subject: Subject) -> Iterator[Check]:
+    """The checks that apply to `subject`, opt-outs included."""
+    case = as_case(subject)
+    return (check for check in CHECKS.values() if isinstance(case, check.subject))
+
+
+def run_check(number: str, subject: Subject) -> None:
+    """Test one promise of `subject`, such as "S3".
+
+    Raises:
+        AssertionError: it is broken.
+    """
+    CHECKS[number](as_case(subject))
+
+
+def parameters(subjects: Iterable[Subject]) -> list[Any]:
+    """A `pytest.param(case, check)` for every check of every subject, with its marks."""
+    return [_parameter(case, check) for case in map(as_case, subjects) for check in _known(case)]
+
+
+def parametrize_with_checks(subjects: Iterable[Subject]) -> Callable[[F], F]:
+    """Run every check of the contract on every subject.
+
+    Args:
+        subjects: scorers, reducers (instances, or classes to make with their defaults), and
+            `ScorerCase`, `ReducerCase`, `TowerCase` or `ModelCase` objects.
+
+    ::
+
+        @parametrize_with_checks([SharpnessScorer()])
+        def test_contract(case, check):
+            check(case)
+    """
+    return pytest.mark.parametrize(("case", "check"), parameters(subjects))
+
+
+def _known(case: Case) -> Iterator[Check]:
+    for title, numbers in (("exempt", case.exempt), ("expected_failures", case.expected_failures)):
+        _validate(case, title, numbers)
+    return checks_for(case)
+
+
+def _validate(case: Case, title: str, numbers: Mapping[str, str]) -> None:
+    applicable = {check.number for check in checks_for(case)}
+    for number, reason in numbers.items():
+        if number not in applicable:
+            raise SpecError(
+                f"{title} of {case.name} names {number!r}; its promises are "
+                + ", ".join(sorted(applicable))
+            )
+        if not reason.strip():
+            raise SpecError(f"{title} of {case.name} gives no reason for {number}")
+        if title == "exempt" and number not in OPTIONAL:
+            raise SpecError(
+                f"{case.name} opts out of {number}, which every strategy must keep; optional are "
+                + ", ".join(sorted(OPTIONAL))
+            )
+
+
+def _parameter(case: Case, check: Check) -> Any:
+    marks = []
+    if check.number in case.exempt:
+        marks.append(pytest.mark.skip(reason=f"opts out: {case.exempt[check.number]}"))
+    elif check.number in case.expected_failures:
+        reason = case.expected_failures[check.number]
+        marks.append(pytest.mark.xfail(strict=True, reason=reason))
+    return pytest.param(case, check, id=f"{case.name}-{check.name}", marks=marks)

@@ -1,0 +1,326 @@
+"""M1 to M7: what every model adapter promises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..adapter import Removable
+from ..attach import Attachment, attach
+from ..budget import Keep
+from ..errors import TokenpruneError, UnsupportedError
+from ..placement import AfterLayer, BeforeLLM, Placement
+from ..plugins import registry
+from ..reducers import Evict
+from ..report import Record
+from ..scorers import RandomScorer
+from ..signals import Signal, Signals
+from ..strategy import Scorer, Stage, Strategy
+from ..tokens import VisualTokens
+from .cases import ModelCase, Prompt
+from .inputs import same_bits
+from .promises import promise, require
+from .snapshot import Interrupted, Snapshot, interrupted_installs
+
+HALF = 0.5
+
+
+def _stage(case: ModelCase, placement: Placement, keep: int | float) -> Stage:
+    return Strategy(case.scorer, Evict(keep)).at(placement)
+
+
+def _attach(
+    case: ModelCase, model: nn.Module, placement: Placement, keep: int | float = HALF
+) -> Attachment:
+    return attach(model, _stage(case, placement, keep), adapter=case.adapter)
+
+
+def _all(case: ModelCase) -> tuple[nn.Module, Sequence[Prompt], dict[str, Any]]:
+    """A model, prompts, and all of them in a batch."""
+    prompts = case.prompts()
+    return case.build(), prompts, case.collate(prompts)
+
+
+def _close(case: ModelCase, got: Tensor, expected: Tensor, what: str) -> None:
+    require(
+        got.shape == expected.shape,
+        f"{case.name}: {what}: the shape is {tuple(got.shape)}, not {tuple(expected.shape)}",
+    )
+    gap = float((got.double() - expected.double()).abs().max())
+    scale = max(1.0, float(expected.abs().max()))
+    # NaN is not <= anything.
+    require(gap <= case.tolerance * scale, f"{case.name}: {what}: logits differ by {gap}")
+
+
+@promise(ModelCase)
+@torch.no_grad()
+def check_m1_full_budget_changes_nothing(case: ModelCase) -> None:
+    """With a budget of every token, a model computes what it does unattached, bit for bit."""
+    model, _, batch = _all(case)
+    logits, (ids, steps) = case.next_logits(model, batch), case.generate(model, batch, case.steps)
+    for placement in case.placements:
+        for keep in (1.0, 10**6):
+            with _attach(case, model, placement, keep):
+                got = case.next_logits(model, batch)
+                text, said = case.generate(model, batch, case.steps)
+            where = f"{case.name} at {placement} with keep={keep}"
+            require(same_bits(got, logits), f"{where} changes the logits of a prefill")
+            require(torch.equal(text, ids), f"{where} generates {text}, not {ids}")
+            require(same_bits(said, steps), f"{where} changes the logits of a generation")
+
+
+@promise(ModelCase)
+@torch.no_grad()
+def check_m2_detaching_restores_the_model(case: ModelCase) -> None:
+    """Attaching adds hooks alone; detaching restores all, also after a failed run or install."""
+    model, _, batch = _all(case)
+    expected = case.next_logits(model, batch)
+    before = Snapshot(model)
+    ran = _modules_in_order(case, model, batch)
+    for placement in case.placements:
+        where = f"{case.name} at {placement}"
+        with _attach(case, model, placement):
+            during = before.differences(hooks=False)
+            require(not during, f"{where}: attaching is more than hooks: {during}")
+            attached = case.next_logits(model, batch)
+            case.generate(model, batch, 2)
+            during = before.differences(hooks=False)
+            require(not during, f"{where}: running changes more than hooks: {during}")
+        _restored(case, model, batch, before, expected, where)
+
+        for module in (ran[len(ran) // 3], ran[2 * len(ran) // 3], ran[-1]):
+            with _attach(case, model, placement):
+                _fail_in(case, module, model, batch)
+                again = case.next_logits(model, batch)
+                require(same_bits(again, attached), f"{where}: a failed run changes the next one")
+                _fail_in(case, module, model, batch)
+            _restored(case, model, batch, before, expected, f"{where}, after an exception")
+
+        known = registry()
+        adapter = known.claiming(known.models, model, case.adapter).factory()
+        stages = (_stage(case, placement, HALF),)
+
+        def install(adapter: Any = adapter, stages: Any = stages) -> Iterator[Removable]:
+            installing: Iterator[Removable] = adapter.install(model, stages, Record())
+            return installing
+
+        for count, left in interrupted_installs(install, before):
+            require(not left, f"{where}: an installation that fails after {count} leaves: {left}")
+        _restored(case, model, batch, before, expected, f"{where}, after half an installation")
+
+
+@promise(ModelCase)
+@torch.no_grad()
+def check_m3_batch_equals_single(case: ModelCase) -> None:
+    """A prompt gets the same answer alone and in a padded batch, in any order, with any images."""
+    model, prompts, _ = _all(case)
+    require(
+        sorted(len(prompt.visual) for prompt in prompts)[:3] == [0, 1, 2]
+        and len({prompt.length for prompt in prompts}) > 1,
+        f"{case.name} must have prompts of different lengths with one image, two and none",
+    )
+    for placement in case.placements:
+        with _attach(case, model, placement):
+            single = [_answers(case, model, [prompt]) for prompt in prompts]
+            for order in (range(len(prompts)), range(len(prompts) - 1, -1, -1)):
+                first, ids, logits = _answers(case, model, [prompts[n] for n in order])
+                for row, number in enumerate(order):
+                    what = f"prompt {number} of {len(prompts)} at {placement} in a batch"
+                    _close(case, first[row], single[number][0][0], what)
+                    _close(case, logits[row], single[number][2][0], f"{what}, generating")
+                    same = torch.equal(ids[row], single[number][1][0])
+                    require(same, f"{case.name}: {what} generates something else")
+        for number, prompt in enumerate(prompts):
+            if not prompt.visual:
+                plain = case.next_logits(model, case.collate([prompt]))[0]
+                _close(case, single[number][0][0], plain, f"text-only prompt at {placement}")
+
+
+@promise(ModelCase)
+@torch.no_grad()
+def check_m4_llm_sees_the_kept_tokens(case: ModelCase) -> None:
+    """The language model computes and caches the kept tokens, those and no others, per layer."""
+    model, prompts, _ = _all(case)
+    for placement in case.placements:
+        for prompt in prompts:
+            inputs = case.collate([prompt])
+            whole = list(case.cache_lengths(model, inputs))
+            kept = [Keep(HALF).count(visual) for visual in prompt.visual]
+            short = prompt.length - sum(prompt.visual) + sum(kept)
+            seen = _layers_before(placement, len(whole))
+            expected = [prompt.length] * seen + [short] * (len(whole) - seen)
+            where = f"{case.name} at {placement}, prompt of {prompt.length} tokens"
+            with _attach(case, model, placement) as attachment:
+                got = list(case.cache_lengths(model, inputs))
+                require(got == expected, f"{where}: layers store {got}, not {expected}")
+                if not prompt.visual:
+                    continue
+                told = [image.after for image in attachment.report.images]
+                require(sum(told) == sum(kept), f"{where}: the report says {told}, not {kept}")
+                if case.oracle is not None:
+                    chosen = _chosen(attachment)
+                    logits = case.next_logits(model, inputs)[0]
+            if case.oracle is not None:
+                oracle = case.oracle(model, prompt, chosen, placement, 1)[0]
+                _close(case, logits, oracle, f"{where}, with the kept tokens {chosen}")
+
+
+@promise(ModelCase)
+@torch.no_grad()
+def check_m5_what_is_unsupported_is_refused(case: ModelCase) -> None:
+    """A signal or placement that cannot be served is refused at once, and nothing is installed."""
+    model, _, batch = _all(case)
+    expected = case.next_logits(model, batch)
+    before = Snapshot(model)
+    stages = [Strategy(_AsksTooMuch(), Evict(HALF)).at(placement) for placement in case.placements]
+    impossible = AfterLayer(layers=10**6)
+    stages += [_stage(case, placement, HALF) for placement in (*case.unsupported, impossible)]
+    for stage in stages:
+        try:
+            attach(model, stage, adapter=case.adapter).detach()
+        except UnsupportedError:
+            pass
+        except TokenpruneError as error:
+            raise AssertionError(
+                f"{case.name} refuses {stage} with {type(error).__name__} ({error}), not "
+                "UnsupportedError"
+            ) from error
+        else:
+            raise AssertionError(f"{case.name} accepts {stage}, which it cannot serve")
+        _restored(case, model, batch, before, expected, f"{case.name}, refusing {stage}")
+
+
+@promise(ModelCase)
+@torch.no_grad()
+def check_m6_generation_equals_recomputation(case: ModelCase) -> None:
+    """Generating with a cache gives what recomputing without one gives, on the same kept tokens."""
+    model, prompts, batch = _all(case)
+    for placement in case.placements:
+        with _attach(case, model, placement):
+            ids, logits = case.generate(model, batch, case.steps)
+            for step in range(case.steps):
+                whole = case.extend(batch, ids[:, :step]) if step else batch
+                what = f"step {step} of a generation at {placement}"
+                _close(case, logits[:, step], case.next_logits(model, whole), what)
+        if case.oracle is None:
+            continue
+        for number, prompt in enumerate(prompts):
+            with _attach(case, model, placement) as attachment:
+                case.next_logits(model, case.collate([prompt]))
+                chosen = _chosen(attachment) if prompt.visual else []
+            oracle = case.oracle(model, prompt, chosen, placement, case.steps)
+            _close(case, logits[number], oracle, f"generation of prompt {number} at {placement}")
+
+
+@promise(ModelCase)
+@torch.no_grad()
+def check_m7_reduction_takes_place(case: ModelCase) -> None:
+    """An attached model reduces: answers about images change with what is kept."""
+    model, prompts, batch = _all(case)
+    plain = case.next_logits(model, batch)
+    for placement in case.placements:
+        where = f"{case.name} at {placement}"
+        answers = []
+        for seed in (0, 1):
+            stage = Strategy(RandomScorer(seed), Evict(1)).at(placement)
+            with attach(model, stage, adapter=case.adapter) as attachment:
+                answers.append(case.next_logits(model, batch))
+                images = attachment.report.images
+                require(bool(images), f"{where} reports no image")
+                most = max(image.after for image in images)
+                require(most == 1, f"{where}: with keep=1 the report says {images}")
+        for row, prompt in enumerate(prompts):
+            if prompt.visual:
+                different = not torch.equal(answers[0][row], plain[row])
+                require(different, f"{where}: keeping one token changes nothing for prompt {row}")
+        require(
+            not torch.equal(answers[0], answers[1]), f"{where}: which token is kept does not matter"
+        )
+
+
+def _answers(
+    case: ModelCase, model: nn.Module, prompts: Sequence[Prompt]
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = case.collate(prompts)
+    return (case.next_logits(model, inputs), *case.generate(model, inputs, case.steps))
+
+
+def _chosen(attachment: Attachment) -> list[list[int]]:
+    """Kept slots of every image of the latest reduction."""
+    plan = attachment.last.plan
+    return [row[mask].tolist() for row, mask in zip(plan.anchors, plan.mask, strict=True)]
+
+
+def _layers_before(placement: Placement, layers: int) -> int:
+    """Layers of the language model that see every token."""
+    if isinstance(placement, BeforeLLM):
+        return 0
+    return min(placement.layers, layers) if isinstance(placement, AfterLayer) else layers
+
+
+def _restored(
+    case: ModelCase,
+    model: nn.Module,
+    batch: dict[str, Any],
+    before: Snapshot,
+    expected: Tensor,
+    where: str,
+) -> None:
+    left = before.differences()
+    require(not left, f"{where} leaves behind: {left}")
+    require(same_bits(case.next_logits(model, batch), expected), f"{where} changes the model")
+
+
+def _modules_in_order(case: ModelCase, model: nn.Module, batch: dict[str, Any]) -> list[nn.Module]:
+    """Modules without children, in the order in which they run."""
+    ran: list[nn.Module] = []
+
+    def note(module: nn.Module, args: object) -> None:
+        ran.append(module)
+
+    handles = [
+        module.register_forward_pre_hook(note)
+        for module in model.modules()
+        if not any(True for _ in module.children())
+    ]
+    try:
+        case.next_logits(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ran
+
+
+def _fail_in(case: ModelCase, part: nn.Module, model: nn.Module, batch: dict[str, Any]) -> None:
+    def fail(module: nn.Module, args: object) -> None:
+        raise Interrupted
+
+    handle: RemovableHandle = part.register_forward_pre_hook(fail)
+    try:
+        case.next_logits(model, batch)
+    except Interrupted:
+        pass
+    finally:
+        handle.remove()
+
+
+@dataclass(frozen=True)
+class UnheardOf(Signal):
+    """A signal that no adapter supplies."""
+
+    axes: ClassVar[str] = "batch tokens"
+
+
+@dataclass(frozen=True)
+class _AsksTooMuch(Scorer):
+    @property
+    def signals(self) -> frozenset[Signal]:
+        return frozenset({UnheardOf()})
+
+    def score(self, tokens: VisualTokens, signals: Signals) -> Tensor:
+        return signals[UnheardOf()]

@@ -1,0 +1,367 @@
+"""P1 to P14: what every reducer promises, and what follows from it for plans."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+from torch import Tensor
+
+from ..budget import Keep
+from ..plan import Plan
+from .cases import ReducerCase
+from .generators import budgets, inputs_for
+from .inputs import Inputs, same_bits
+from .probes import on_devices, only_declared, seeded, untouched
+from .promises import for_all, promise, require
+
+
+def _calls(
+    case: ReducerCase, *, min_batch: int = 1, infinite: bool = False
+) -> SearchStrategy[tuple[Inputs, int | float]]:
+    """Inputs and a budget."""
+    inputs = inputs_for(case.reducer, min_batch=min_batch, infinite=infinite)
+    return st.tuples(inputs, budgets())
+
+
+def _kept(plan: Plan, row: int) -> Tensor:
+    """`(kept,)` int64 anchors of a row."""
+    return plan.anchors[row, plan.mask[row]]
+
+
+def _weights(plan: Plan, row: int) -> Tensor:
+    """`(kept, tokens)` float32 of a row."""
+    return plan.dense()[row, plan.mask[row]]
+
+
+def _near(got: Tensor, expected: Tensor, scale: Tensor | float) -> bool:
+    """Equal but for rounding, relative to `scale`; what is not finite must be the same."""
+    got, expected = got.double(), expected.double()
+    gap = (got - expected).abs() <= torch.as_tensor(scale, dtype=torch.float64) + 1e-300
+    return bool((gap | (got == expected) | (got.isnan() & expected.isnan())).all())
+
+
+@promise(ReducerCase)
+def check_p1_anchors_increase_and_are_real(case: ReducerCase) -> None:
+    """Anchors are slots of real tokens, strictly increasing in every row."""
+
+    @for_all(_calls(case, infinite=True))
+    def holds(call: tuple[Inputs, int | float]) -> None:
+        inputs, keep = call
+        plan, mask = case.plan(inputs, keep), inputs.tokens.mask
+        shape = tuple(mask.shape)
+        got = (plan.anchors.shape[0], plan.tokens)
+        require(got == shape, f"{case.name}: the plan must be for {shape}, got {got}")
+        for row in inputs.rows:
+            kept = _kept(plan, row)
+            inside = bool(((kept >= 0) & (kept < shape[1])).all())
+            require(inside, f"{case.name}: no slot of {shape[1]}: {kept.tolist()}")
+            ordered = bool((kept[1:] > kept[:-1]).all())
+            require(ordered, f"{case.name}: anchors must increase, got {kept.tolist()}")
+            padded = kept[~mask[row, kept]].tolist()
+            require(not padded, f"{case.name}: row {row} keeps padding at {padded}")
+
+
+@promise(ReducerCase)
+def check_p2_weights_are_shares_of_real_tokens(case: ReducerCase) -> None:
+    """Weights are finite, >= 0, never on padding, and every kept token has some of its anchor."""
+
+    @for_all(_calls(case))
+    def holds(call: tuple[Inputs, int | float]) -> None:
+        inputs, keep = call
+        plan = case.plan(inputs, keep)
+        weights = plan.dense()
+        sound = bool((weights.isfinite() & (weights >= 0)).all())
+        require(sound, f"{case.name}: weights must be finite and >= 0, got {weights.tolist()}")
+        for row in inputs.rows:
+            on_padding = bool((weights[row][:, ~inputs.tokens.mask[row]] != 0).any())
+            require(not on_padding, f"{case.name}: row {row} has weights on padding")
+            own = _weights(plan, row).gather(1, _kept(plan, row)[:, None])
+            require(bool((own > 0).all()), f"{case.name}: row {row} has an empty group: {weights}")
+        require(not bool(weights[~plan.mask].any()), f"{case.name}: a filler has weights")
+
+
+@promise(ReducerCase)
+def check_p3_rows_keep_their_budget(case: ReducerCase) -> None:
+    """A row keeps exactly its budget, all it has if that is less, its protected ones if more."""
+
+    @for_all(_calls(case, infinite=True))
+    def holds(call: tuple[Inputs, int | float]) -> None:
+        inputs, keep = call
+        plan, tokens = case.plan(inputs, keep), inputs.tokens
+        got = plan.mask.sum(1).tolist()
+        expected = [
+            max(Keep(keep).count(int(real)), int(protected))
+            for real, protected in zip(
+                tokens.mask.sum(1), (tokens.protected & tokens.mask).sum(1), strict=True
+            )
+        ]
+        if not case.budgeted:
+            require(min(got) >= 1, f"{case.name}: rows keep {got}, none may vanish")
+            return
+        require(got == expected, f"{case.name}: keep={keep} must leave {expected}, got {got}")
+        told = list(plan.lengths)
+        require(told == got, f"{case.name}: plan.lengths says {told}, the mask says {got}")
+
+
+@promise(ReducerCase)
+def check_p4_protected_tokens_survive_alone(case: ReducerCase) -> None:
+    """Protected tokens are kept, unmerged."""
+
+    @for_all(_calls(case))
+    def holds(call: tuple[Inputs, int | float]) -> None:
+        inputs, keep = call
+        plan = case.plan(inputs, keep)
+        for row in inputs.rows:
+            special = (inputs.tokens.protected[row] & inputs.tokens.mask[row]).nonzero().flatten()
+            kept, weights = _kept(plan, row), _weights(plan, row)
+            lost = sorted(set(special.tolist()) - set(kept.tolist()))
+            require(not lost, f"{case.name}: row {row} lost the protected tokens {lost}")
+            for slot in special.tolist():
+                used = weights[:, slot].nonzero().flatten()
+                place = (kept == slot).nonzero().flatten()
+                alone = bool(
+                    torch.equal(used, place) and int((weights[int(place)] != 0).sum()) == 1
+                )
+                require(alone, f"{case.name}: row {row} merged the protected token {slot}")
+
+
+@promise(ReducerCase)
+def check_p5_keeping_everything_is_identity(case: ReducerCase) -> None:
+    """A budget of all tokens or more keeps every real token in its place, bit for bit."""
+
+    @for_all(st.tuples(inputs_for(case.reducer), st.sampled_from((0, 1, 1000, 1.0))))
+    def holds(call: tuple[Inputs, int | float]) -> None:
+        inputs, more = call
+        if not case.budgeted:
+            return
+        longest = int(inputs.tokens.mask.sum(1).max())
+        keep = more if isinstance(more, float) else longest + more
+        plan = case.plan(inputs, keep)
+        reduced = inputs.tokens.reduce(plan)
+        for row in inputs.rows:
+            real = inputs.real(row)
+            for name in ("features", "positions", "sizes", "protected"):
+                got = getattr(reduced, name)[row, reduced.mask[row]]
+                expected = getattr(inputs.tokens, name)[row, real]
+                require(
+                    same_bits(got, expected),
+                    f"{case.name}: keep={keep} of {len(real)} changed {name} of row {row}: "
+                    f"{got.tolist()} is not {expected.tolist()}",
+                )
+
+
+@promise(ReducerCase)
+def check_p6_merging_conserves_sizes(case: ReducerCase) -> None:
+    """A merge counts every token once: sizes add up, and so do sizes times features."""
+
+    @for_all(_calls(case))
+    def holds(call: tuple[Inputs, int | float]) -> None:
+        inputs, keep = call
+        plan, tokens = case.plan(inputs, keep), inputs.tokens
+        if plan.weights is None:
+            return
+        sizes = tokens.reduce(plan).sizes
+        mass = plan(tokens.features.float()).double() * sizes[:, :, None]
+        for row in inputs.rows:
+            real = inputs.real(row)
+            got, expected = float(sizes[row].sum()), float(tokens.sizes[row, real].sum())
+            require(
+                abs(got - expected) <= 1e-4 * expected,
+                f"{case.name}: row {row} stands for {got} tokens, of {expected}",
+            )
+            terms = tokens.features[row, real].double() * tokens.sizes[row, real, None]
+            same = _near(mass[row].sum(0), terms.sum(0), 1e-4 * terms.abs().sum(0))
+            require(
+                same,
+                f"{case.name}: row {row} is not a mean by sizes: the mass {mass[row].sum(0)} is "
+                f"not {terms.sum(0)}",
+            )
+
+
+@promise(ReducerCase)
+def check_p7_selections_copy_bits(case: ReducerCase) -> None:
+    """A token that is kept unmerged keeps its bits, in every dtype."""
+
+    @for_all(_calls(case))
+    def holds(call: tuple[Inputs, int | float]) -> None:
+        inputs, keep = call
+        plan = case.plan(inputs, keep)
+        features = inputs.tokens.reduce(plan).features
+        for row in inputs.rows:
+            kept, weights = _kept(plan, row), _weights(plan, row)
+            alone = (weights != 0).sum(1) == 1
+            got = features[row, plan.mask[row]][alone]
+            expected = inputs.tokens.features[row, kept[alone]]
+            require(
+                same_bits(got, expected),
+                f"{case.name}: row {row} keeps {kept[alone].tolist()} unmerged, yet "
+                f"{expected.tolist()} became {got.tolist()}",
+            )
+
+
+@promise(ReducerCase)
+def check_p8_eviction_keeps_the_highest_scores(case: ReducerCase) -> None:
+    """Eviction never keeps a lower score over a higher one; among equals the first one stays."""
+
+    @for_all(_calls(case, infinite=True))
+    def holds(call: tuple[Inputs, int | float]) -> None:
+        inputs, keep = call
+        plan = case.plan(inputs, keep)
+        if inputs.scores is None or plan.weights is not None:
+            return
+        for row in inputs.rows:
+            kept = set(_kept(plan, row).tolist())
+            protected, scores = inputs.tokens.protected[row], inputs.scores[row].tolist()
+            rank = {n: (-scores[n], n) for n in inputs.real(row).tolist() if not protected[n]}
+            stayed = [n for n in rank if n in kept]
+            went = [n for n in rank if n not in kept]
+            if stayed and went:
+                last, first = max(stayed, key=rank.__getitem__), min(went, key=rank.__getitem__)
+                require(
+                    rank[last] < rank[first],
+                    f"{case.name}: row {row} keeps token {last} with score {scores[last]} and "
+                    f"drops token {first} with score {scores[first]}",
+                )
+
+
+@promise(ReducerCase)
+def check_p9_row_ignores_batch_and_padding(case: ReducerCase) -> None:
+    """A row is reduced in the same way alone, in any batch, and however it is padded."""
+
+    @for_all(_calls(case))
+    def holds(call: tuple[Inputs, int | float]) -> None:
+        inputs, keep = call
+        together = case.plan(inputs, keep)
+        for row in inputs.rows:
+            real = inputs.real(row)
+            alone = case.plan(inputs.alone(row), keep)
+            got, expected = _kept(together, row), real[_kept(alone, 0)]
+            require(
+                torch.equal(got, expected),
+                f"{case.name}: row {row} keeps {got.tolist()} in the batch and "
+                f"{expected.tolist()} alone",
+            )
+            weights = _weights(together, row)[:, real], _weights(alone, 0)
+            require(
+                torch.allclose(*weights, rtol=1e-4, atol=1e-6),
+                f"{case.name}: row {row} merges by {weights[0].tolist()} in the batch and by "
+                f"{weights[1].tolist()} alone",
+            )
+
+
+@promise(ReducerCase)
+def check_p10_merged_features_lie_among_their_members(case: ReducerCase) -> None:
+    """Merged features lie, channel by channel, between the smallest and the largest member."""
+
+    @for_all(_calls(case))
+    def holds(call: tuple[Inputs, int | float]) -> None:
+        inputs, keep = call
+        plan = case.plan(inputs, keep)
+        if plan.weights is None:
+            return
+        features = plan(inputs.tokens.features.float())
+        for row in inputs.rows:
+            for number, weights in zip(
+                plan.mask[row].nonzero().flatten().tolist(), _weights(plan, row), strict=True
+            ):
+                members = inputs.tokens.features[row, weights != 0].float()
+                if not members.numel():
+                    raise AssertionError(f"{case.name}: row {row} has a group without members")
+                low, high = members.amin(0), members.amax(0)
+                slack = 1e-5 * members.abs().amax(0)
+                merged = features[row, number]
+                require(
+                    bool(((merged >= low - slack) & (merged <= high + slack)).all()),
+                    f"{case.name}: row {row} merged {members.tolist()} into {merged.tolist()}",
+                )
+
+
+@promise(ReducerCase)
+def check_p11_plans_compose(case: ReducerCase) -> None:
+    """`plan.then(after)` does in one step what the two plans do one after the other."""
+
+    @for_all(st.tuples(inputs_for(case.reducer), budgets(), budgets()))
+    def holds(call: tuple[Inputs, int | float, int | float]) -> None:
+        inputs, keep, fewer = call
+        first = case.plan(inputs, keep)
+        between = Inputs(
+            inputs.tokens.reduce(first),
+            inputs.signals.reduce(first),
+            None if inputs.scores is None else first(inputs.scores),
+        )
+        second = case.plan(between, fewer)
+        both = first.then(second)
+        step, once = second(between.tokens.positions), both(inputs.tokens.positions)
+        same = torch.equal(step, once) and torch.equal(both.mask, second.mask)
+        require(
+            same, f"{case.name}: positions {step.tolist()} in two steps, {once.tolist()} in one"
+        )
+        features = inputs.tokens.features.float()
+        scale = features.abs().masked_fill(~inputs.tokens.mask[:, :, None], 0)
+        steps, at_once = second(first(features)), both(features)
+        largest = (both.dense() @ scale).amax(1, keepdim=True)
+        require(
+            _near(at_once, steps, 1e-4 * largest),
+            f"{case.name}: {steps.tolist()} stepwise, {at_once.tolist()} at once",
+        )
+
+
+@promise(ReducerCase)
+def check_p12_selections_are_nested_in_the_budget(case: ReducerCase) -> None:
+    """What a selection keeps with a smaller budget, it keeps with every larger one."""
+
+    @for_all(st.tuples(inputs_for(case.reducer), st.integers(1, 9)))
+    def holds(call: tuple[Inputs, int]) -> None:
+        inputs, keep = call
+        fewer, more = case.plan(inputs, keep), case.plan(inputs, keep + 1)
+        if fewer.weights is not None or more.weights is not None:
+            return
+        for row in inputs.rows:
+            small, large = _kept(fewer, row).tolist(), _kept(more, row).tolist()
+            require(
+                set(small) <= set(large),
+                f"{case.name}: row {row} keeps {small} of {keep} and {large} of {keep + 1}",
+            )
+
+
+@promise(ReducerCase)
+def check_p13_same_input_gives_same_plan(case: ReducerCase) -> None:
+    """The same input gives the same plan; global random generators are neither read nor moved."""
+
+    @for_all(_calls(case))
+    def holds(call: tuple[Inputs, int | float]) -> None:
+        with seeded(1):
+            first = case.plan(*call)
+        with seeded(2):
+            second = case.plan(*call)
+        require(_same(first, second), f"{case.name} decided {first} and then {second}")
+
+
+@promise(ReducerCase)
+def check_p14_inputs_are_untouched(case: ReducerCase) -> None:
+    """Inputs keep their bits, plans are on their device, and only declared signals are read."""
+
+    @for_all(_calls(case))
+    def holds(call: tuple[Inputs, int | float]) -> None:
+        inputs, keep = call
+        untouched(case.name, inputs, lambda given: case.plan(given, keep))
+        for there in on_devices(inputs):
+            plan, expected = case.plan(there, keep), there.tokens.features.device
+            parts = [plan.anchors, plan.mask, *([] if plan.weights is None else [plan.weights])]
+            got = {part.device for part in parts}
+            require(got == {expected}, f"{case.name} moved a plan from {expected} to {got}")
+        only_declared(
+            case.name,
+            case.reducer.signals,
+            inputs,
+            lambda signals: case.plan(Inputs(inputs.tokens, signals, inputs.scores), keep),
+            _same,
+        )
+
+
+def _same(a: Plan, b: Plan) -> bool:
+    if (a.weights is None) != (b.weights is None) or a.tokens != b.tokens:
+        return False
+    weights = a.weights is None or b.weights is None or same_bits(a.weights, b.weights)
+    return torch.equal(a.anchors, b.anchors) and torch.equal(a.mask, b.mask) and weights

@@ -1,0 +1,92 @@
+"""The contract: every promise is one function, whose docstring states it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import SearchStrategy
+
+from .cases import Case, ModelCase, ReducerCase, ScorerCase, TowerCase
+
+T = TypeVar("T")
+C = TypeVar("C", ScorerCase, ReducerCase, TowerCase, ModelCase)
+
+OPTIONAL = frozenset({"S1", "S5", "P3", "P6", "P8", "P10", "P12"})
+"""Promises that a method may leave out, with a reason: ``exempt = {"S5": "looks at places"}``."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A promise that can be tested.
+
+    Attributes:
+        number: such as "S3".
+        name: of the function, such as "check_s3_row_ignores_its_batch_mates".
+        states: the promise in a sentence.
+        subject: the class of cases to which it applies.
+    """
+
+    number: str
+    name: str
+    states: str
+    subject: type[Case]
+    function: Callable[[Any], None]
+
+    def __call__(self, case: Case) -> None:
+        """Test `case`.
+
+        Raises:
+            AssertionError: the promise is broken; the message says how.
+        """
+        self.function(case)
+
+
+CHECKS: dict[str, Check] = {}
+"""Every check, by number."""
+
+_NAME = re.compile(r"check_([a-z])(\d+)_\w+")
+
+
+def promise(subject: type[C]) -> Callable[[Callable[[C], None]], Callable[[C], None]]:
+    """Enter a function called ``check_<number>_<what>`` into the contract for `subject`."""
+
+    def enter(function: Callable[[C], None]) -> Callable[[C], None]:
+        match = _NAME.fullmatch(function.__name__)
+        assert match is not None, function
+        assert function.__doc__, function
+        number = match[1].upper() + match[2]
+        assert number not in CHECKS, number
+        states = function.__doc__.strip().partition("\n\n")[0]
+        CHECKS[number] = Check(
+            number, function.__name__, " ".join(states.split()), subject, function
+        )
+        return function
+
+    return enter
+
+
+def for_all(strategy: SearchStrategy[T]) -> Callable[[Callable[[T], None]], None]:
+    """Run the decorated function on what `strategy` draws, at once.
+
+    The number of examples is that of the hypothesis profile in force.
+    """
+
+    def run(holds: Callable[[T], None]) -> None:
+        chosen = settings(
+            deadline=None,
+            report_multiple_bugs=False,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+        )
+        chosen(given(strategy)(holds))()
+
+    return run
+
+
+def require(kept: bool, message: str) -> None:
+    """Fail with `message` unless the promise is kept."""
+    if not kept:
+        raise AssertionError(message)
