@@ -1,0 +1,78 @@
+# Every target makes .venv by itself, on a machine with nothing but Python >= 3.10.
+#   make demo    compress the shipped miniature model, draw what was kept
+#   make test    everything that must hold
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+JOBS ?= 2
+# Tiny tensors gain nothing from threads, and one process runs per core.
+SINGLE := OMP_NUM_THREADS=1
+PYTEST := $(SINGLE) $(BIN)/python -m pytest -n $(JOBS)
+VERSIONS := 5.4.0 5.19.0 newest
+
+.PHONY: demo test lint types unit docs serve matrix fuzz bench train tables clean help
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 10
+
+demo: $(READY)  ## compress the shipped miniature model; writes out/demo/*.png
+	$(BIN)/tokenprune demo --out out/demo
+
+test: lint types docs unit  ## all checks, as CI runs them
+
+lint: $(READY)  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)  ## mypy, strict
+	$(BIN)/mypy
+
+unit: $(READY)  ## tests and doctests
+	$(PYTEST) tests src --doctest-modules --ignore=tests/benchmarks --durations=10
+
+docs: $(READY)  ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+serve: $(READY)  ## the documentation at http://127.0.0.1:8000
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+fuzz: $(READY)  ## property tests with 50 times the examples
+	TOKENPRUNE_HYPOTHESIS_PROFILE=fuzz $(PYTEST) tests/core tests/reference tests/conformance
+
+bench: $(READY)  ## ratios to reference implementations
+	$(SINGLE) $(BIN)/python -m pytest tests/benchmarks
+
+train: $(READY)  ## train the miniature model anew, into out/pocket/checkpoint
+	$(BIN)/python -m tokenprune_adapters.pocket.train --out out/pocket
+
+tables: $(READY)  ## write the tables of strategies in the documentation anew
+	$(BIN)/python docs/tables.py
+
+# Adapter tests on old and new transformers. Each version has an environment of its own, laid over
+# .venv, so that torch is there once.
+matrix: $(VERSIONS:%=matrix-%)  ## adapter tests on transformers 5.4, 5.19 and the newest
+
+matrix-%: .venv-%/.ready
+	$(SINGLE) .venv-$*/bin/python -m pytest -n $(JOBS) -p no:cacheprovider tests/adapters
+
+.venv-%/.ready: $(READY)
+	rm -rf .venv-$*
+	$(BIN)/python -m venv .venv-$*
+	base=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
+	layer=$$(.venv-$*/bin/python -c 'import site; print(site.getsitepackages()[0])'); \
+	echo "import site; site.addsitedir('$$base')" > "$$layer/base.pth"
+	.venv-$*/bin/python -m pip install --quiet --upgrade $(if $(filter newest,$*),"transformers<6","transformers==$*")
+	touch $@
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "tokenprune needs Python >= 3.10; say which: make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+clean:  ## remove what was built, environments too
+	rm -rf .venv .venv-* build dist out site .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
