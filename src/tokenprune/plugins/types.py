@@ -104,9 +104,10 @@ class RecipePlugin(Plugin):
         object.__setattr__(self, "defaults", MappingProxyType(dict(self.defaults)))
         try:
             self.expand()
-        except (KeyError, IndexError) as error:
+        except (KeyError, IndexError, ValueError) as error:
             raise PluginError(
-                f"recipe {self.name!r} has no default for {error} of its template"
+                f"recipe {self.name!r} has no default for a field of its template "
+                f"{self.template!r}: {error}"
             ) from None
 
     def expand(self, *values: object, **named: object) -> str:
