@@ -11,6 +11,7 @@ SINGLE := OMP_NUM_THREADS=1
 PYTEST := $(SINGLE) $(BIN)/python -m pytest -n $(JOBS)
 VERSIONS := 5.4.0 5.19.0 newest
 
+.PRECIOUS: .venv-%/.ready
 .PHONY: demo test lint types unit docs serve matrix fuzz bench train tables clean help
 
 help:  ## this list

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from docs.markdown import Block, blocks, name, pages
+from support.markdown import Block, blocks, name, pages
 
 PAGES = [page for page in pages() if any(b.language == "python" for b in blocks(page.read_text()))]
 

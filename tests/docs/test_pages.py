@@ -10,7 +10,7 @@ import pytest
 import typer
 
 import tokenprune
-from docs.markdown import ROOT, blocks, links, name, pages
+from support.markdown import ROOT, blocks, links, name, pages
 from tokenprune.cli.app import app
 
 

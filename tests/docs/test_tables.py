@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from docs.markdown import ROOT
+from support.markdown import ROOT
 from tokenprune.plugins import registry
 from tokenprune.plugins.manager import Offer
 
