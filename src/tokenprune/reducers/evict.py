@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..budget import Budgeted
@@ -13,6 +12,7 @@ from ..plan import Plan
 from ..signals import Signals
 from ..strategy import Reducer
 from ..tokens import VisualTokens
+from .rows import first_of, kept_counts, ranked
 
 
 @dataclass(frozen=True)
@@ -32,28 +32,11 @@ class Evict(Budgeted, Reducer):
 
     def plan(self, tokens: VisualTokens, scores: Tensor | None, signals: Signals) -> Plan:
         assert scores is not None, "Strategy checks that a scorer came before"
-        slots = tokens.mask.shape[1]
-        counts = tuple(
-            max(self.budget.count(real), protected)
-            for real, protected in zip(tokens.lengths, tokens.protected_lengths, strict=True)
-        )
+        counts = kept_counts(self.budget, tokens)
         if counts == tokens.lengths:
             return Plan.identity(tokens.mask, tokens.lengths)
-        order = torch.argsort(scores, dim=1, descending=True, stable=True)
-        if any(tokens.protected_lengths):
-            order = _first(order, tokens.protected)
-        if any(real < slots for real in tokens.lengths):
-            order = _first(order, tokens.mask)
+        order = ranked(scores, tokens)
         kept = max(counts)
         if min(counts) == kept:
-            return Plan.of_indices(order[:, :kept].sort(dim=1).values, slots)
-        count = torch.tensor(counts, device=order.device)[:, None]
-        keep = torch.zeros_like(tokens.mask)
-        keep.scatter_(1, order, torch.arange(slots, device=order.device) < count)
-        return Plan.select(keep, counts)
-
-
-def _first(order: Tensor, marked: Tensor) -> Tensor:
-    """`order` with the marked slots moved to the front, else unchanged."""
-    rank = marked.gather(1, order).logical_not().to(torch.uint8)
-    return order.gather(1, torch.argsort(rank, dim=1, stable=True))
+            return Plan.of_indices(order[:, :kept].sort(dim=1).values, order.shape[1])
+        return Plan.select(first_of(order, counts), counts)

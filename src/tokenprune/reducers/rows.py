@@ -1,0 +1,128 @@
+"""What several reducers need to know about rows: how many tokens stay, which may be touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from ..budget import Keep
+from ..errors import SpecError
+from ..metric import moderate
+from ..signals import Keys, Signal, Signals
+from ..tokens import VisualTokens
+
+Metric: TypeAlias = Literal["features", "keys"]
+"""What similarity is measured on: the features, or the keys of a vision layer (head mean)."""
+
+
+def kept_counts(budget: Keep, tokens: VisualTokens) -> tuple[int, ...]:
+    """Tokens that stay per row: the budget, or all protected ones where these are more."""
+    return tuple(
+        max(budget.count(real), protected)
+        for real, protected in zip(tokens.lengths, tokens.protected_lengths, strict=True)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Free:
+    """The tokens that may be dropped or merged: real ones that are not protected.
+
+    Attributes:
+        mask: `(batch, tokens)` bool.
+        lengths: how many there are per row.
+    """
+
+    mask: Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokens: VisualTokens) -> Free:
+        """The free tokens of each row."""
+        lengths = tuple(
+            real - protected
+            for real, protected in zip(tokens.lengths, tokens.protected_lengths, strict=True)
+        )
+        return cls(tokens.mask & ~tokens.protected, lengths)
+
+    def slots(self) -> Tensor:
+        """`(batch, most free tokens)` int64: the slots of the free tokens, ascending, then others.
+
+        Row `b` has `lengths[b]` of them.
+        """
+        batch, tokens = self.mask.shape
+        if all(length == tokens for length in self.lengths):
+            return torch.arange(tokens, device=self.mask.device).expand(batch, tokens)
+        return marked_first(self.mask)[:, : max(self.lengths, default=0)]
+
+
+def marked_first(marked: Tensor) -> Tensor:
+    """`(batch, tokens)` int64: the slots where `marked` is True, ascending, then the others."""
+    return torch.argsort(marked.logical_not().to(torch.uint8), dim=1, stable=True)
+
+
+def ranked(scores: Tensor, tokens: VisualTokens) -> Tensor:
+    """`(batch, tokens)` int64: slots in the order in which they deserve to stay.
+
+    Protected ones, then real ones by score, lowest index first among equals, then padding.
+    """
+    order = torch.argsort(scores, dim=1, descending=True, stable=True)
+    if any(tokens.protected_lengths):
+        order = _first(order, tokens.protected)
+    if any(real < scores.shape[1] for real in tokens.lengths):
+        order = _first(order, tokens.mask)
+    return order
+
+
+def _first(order: Tensor, marked: Tensor) -> Tensor:
+    """`order` with the marked slots moved to the front, else unchanged."""
+    return order.gather(1, marked_first(marked.gather(1, order)))
+
+
+def first_of(order: Tensor, counts: Sequence[int]) -> Tensor:
+    """`(batch, tokens)` bool: True at the first `counts[b]` slots of row `b` of `order`."""
+    batch, tokens = order.shape
+    rank = torch.arange(tokens, device=order.device).expand(batch, tokens)
+    chosen = torch.zeros(batch, tokens, dtype=torch.bool, device=order.device)
+    return chosen.scatter_(1, order, rank < column(counts, order.device))
+
+
+def column(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """`(batch, 1)` int64: one number per row."""
+    if len(set(numbers)) == 1:  # no copy to the device
+        return torch.full((len(numbers), 1), numbers[0], device=device)
+    return torch.tensor(numbers, dtype=torch.int64, device=device)[:, None]
+
+
+def take_rows(x: Tensor, slots: Tensor) -> Tensor:
+    """`(batch, m, channels)`: the rows of `(batch, tokens, channels)` at `(batch, m)` slots."""
+    batch, tokens = x.shape[:2]
+    offset = torch.arange(batch, device=x.device)[:, None] * tokens
+    taken = x.flatten(0, 1).index_select(0, (slots + offset).flatten())
+    return taken.reshape(*slots.shape, x.shape[2])
+
+
+def check_metric(metric: str) -> None:
+    """Refuse an unknown metric."""
+    if metric not in get_args(Metric):
+        raise SpecError(f"metric must be 'features' or 'keys', got {metric!r}")
+
+
+def metric_signals(metric: Metric, layer: int) -> frozenset[Signal]:
+    """What `metric_of` reads."""
+    return frozenset({Keys(layer)} if metric == "keys" else ())
+
+
+def metric_of(metric: Metric, layer: int, tokens: VisualTokens, signals: Signals) -> Tensor:
+    """`(batch, tokens, channels)`: what similarity is measured on, zero on padding."""
+    x = tokens.features
+    if metric == "keys":
+        keys = signals[Keys(layer)].float()
+        x = reduce(keys, "batch heads tokens channels -> batch tokens channels", "mean")
+    if any(real < x.shape[1] for real in tokens.lengths):
+        x = torch.where(tokens.mask[:, :, None], x, 0)
+    return moderate(x)
