@@ -96,11 +96,76 @@ class LastQueryAttention(Signal):
 
 
 @dataclass(frozen=True)
+class TextQueryAttention(Signal):
+    """Attention of all text tokens after an image to its visual tokens, mean over them, in an LLM.
+
+    The wording of FastV's paper (arXiv 2403.06764); -1 is the latest layer that has run.
+    """
+
+    layers: tuple[int, ...] = (-1,)
+    axes: ClassVar[str] = "batch layers heads tokens"
+
+
+@dataclass(frozen=True)
 class Keys(Signal):
     """Attention keys of the visual tokens in one vision layer, before any scaling."""
 
     layer: int
     axes: ClassVar[str] = "batch heads tokens channels"
+
+
+@dataclass(frozen=True)
+class ReceivedAttention(Signal):
+    """Mean attention that each visual token of a vision tower receives from the visual tokens.
+
+    Per vision layer and head. Softmax over all keys, [CLS] or registers included where there are
+    any; they are left out as queries and as receivers, and the rest is not renormalised.
+    """
+
+    layers: Layers
+    axes: ClassVar[str] = "batch layers heads tokens"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", check_layers(self.layers))
+
+
+@dataclass(frozen=True)
+class GivenAttention(Signal):
+    """Mean attention that each visual token of a vision tower gives to the visual tokens.
+
+    The other margin of the matrix of which `ReceivedAttention` is one: without [CLS] or registers
+    it is the same for every token.
+    """
+
+    layers: Layers
+    axes: ClassVar[str] = "batch layers heads tokens"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", check_layers(self.layers))
+
+
+@dataclass(frozen=True)
+class PoolAttention(Signal):
+    """Attention of the probe of an attention-pooling head (SigLIP) to each visual token."""
+
+    axes: ClassVar[str] = "batch heads tokens"
+
+
+@dataclass(frozen=True)
+class AlignedFeatures(Signal):
+    """Visual tokens in the space that a model shares between pictures and text (CLIP's)."""
+
+    axes: ClassVar[str] = "batch tokens channels"
+
+
+@dataclass(frozen=True)
+class TextFeatures(Signal):
+    """Features of the text, one or several per row, in the space of `AlignedFeatures`.
+
+    Rows of zeros are padding.
+    """
+
+    axes: ClassVar[str] = "batch texts channels"
 
 
 class Signals(Mapping[Signal, Tensor]):

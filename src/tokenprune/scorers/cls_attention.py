@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
 
-from einops import reduce
 from torch import Tensor
 
-from ..errors import SpecError
 from ..signals import ClsAttention, Layers, Signal, Signals, check_layers
 from ..strategy import Scorer
 from ..tokens import VisualTokens
-
-Ensemble: TypeAlias = Literal["avg", "max", "min"]
-
-_REDUCTION = {"avg": "mean", "max": "max", "min": "min"}
+from .ensemble import Ensemble, check_ensemble, ensembled
 
 
 @dataclass(frozen=True)
@@ -37,15 +31,11 @@ class ClsAttentionScorer(Scorer):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", check_layers(self.layers))
-        if self.ensemble not in get_args(Ensemble):
-            raise SpecError(f"ensemble must be 'avg', 'max' or 'min', got {self.ensemble!r}")
+        check_ensemble(self.ensemble)
 
     @property
     def signals(self) -> frozenset[Signal]:
         return frozenset({ClsAttention(self.layers)})
 
     def score(self, tokens: VisualTokens, signals: Signals) -> Tensor:
-        rows = signals[ClsAttention(self.layers)].float()
-        per_layer = reduce(rows, "batch layers heads tokens -> batch layers tokens", "mean")
-        how = _REDUCTION[self.ensemble]
-        return reduce(per_layer, "batch layers tokens -> batch tokens", how)
+        return ensembled(signals[ClsAttention(self.layers)], self.ensemble)
