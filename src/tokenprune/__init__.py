@@ -28,10 +28,42 @@ from .plugins import (
     TowerPlugin,
     hookimpl,
 )
-from .reducers import Evict
+from .reducers import (
+    Diverse,
+    DominantContextual,
+    Evict,
+    ImportantDiverse,
+    KMeans,
+    Pool,
+    PruMerge,
+    PruMergePlus,
+    ToMe,
+)
 from .report import ImageReport, Record, Report
-from .scorers import ClsAttentionScorer, RandomScorer, UniformScorer
-from .signals import ClsAttention, Keys, LastQueryAttention, Signal, Signals
+from .scorers import (
+    ClsAttentionScorer,
+    FastVScorer,
+    FoPruScorer,
+    PoolAttentionScorer,
+    RandomScorer,
+    ReceivedAttentionScorer,
+    RelevanceScorer,
+    SimilarityScorer,
+    UniformScorer,
+)
+from .signals import (
+    AlignedFeatures,
+    ClsAttention,
+    GivenAttention,
+    Keys,
+    LastQueryAttention,
+    PoolAttention,
+    ReceivedAttention,
+    Signal,
+    Signals,
+    TextFeatures,
+    TextQueryAttention,
+)
 from .spec import parse, parse_schedule, spec_of
 from .strategy import Reducer, Reduction, Scorer, Stage, Strategy
 from .tokens import VisualTokens
@@ -40,6 +72,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AfterLayer",
+    "AlignedFeatures",
     "AttachError",
     "Attachment",
     "BeforeLLM",
@@ -47,8 +80,15 @@ __all__ = [
     "Budgeted",
     "ClsAttention",
     "ClsAttentionScorer",
+    "Diverse",
+    "DominantContextual",
     "Evict",
+    "FastVScorer",
+    "FoPruScorer",
+    "GivenAttention",
     "ImageReport",
+    "ImportantDiverse",
+    "KMeans",
     "Keep",
     "Keys",
     "LastQueryAttention",
@@ -59,12 +99,20 @@ __all__ = [
     "Placement",
     "Plan",
     "PluginError",
+    "Pool",
+    "PoolAttention",
+    "PoolAttentionScorer",
+    "PruMerge",
+    "PruMergePlus",
     "RandomScorer",
+    "ReceivedAttention",
+    "ReceivedAttentionScorer",
     "RecipePlugin",
     "Record",
     "Reducer",
     "ReducerPlugin",
     "Reduction",
+    "RelevanceScorer",
     "Removable",
     "Report",
     "ScoreError",
@@ -73,9 +121,13 @@ __all__ = [
     "ShapeError",
     "Signal",
     "Signals",
+    "SimilarityScorer",
     "SpecError",
     "Stage",
     "Strategy",
+    "TextFeatures",
+    "TextQueryAttention",
+    "ToMe",
     "TokenpruneError",
     "TowerAdapter",
     "TowerPlugin",
