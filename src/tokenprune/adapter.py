@@ -57,9 +57,17 @@ class Observation(NotCopyable):
         self._local.scratch = {}
 
     @property
+    def running(self) -> bool:
+        """Whether the tower is at work in this thread.
+
+        A layer may also run without its tower, when gradient checkpointing recomputes it.
+        """
+        return hasattr(self._local, "scratch")
+
+    @property
     def scratch(self) -> dict[object, Tensor]:
         """Tensors that hooks of one pass hand to each other."""
-        if not hasattr(self._local, "scratch"):
+        if not self.running:
             raise AttachError("a layer of the tower ran outside of the tower's own forward")
         scratch: dict[object, Tensor] = self._local.scratch
         return scratch

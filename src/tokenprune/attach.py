@@ -85,7 +85,7 @@ def attach(model: nn.Module, *stages: Stage | str, adapter: str | None = None) -
 
     Raises:
         UnsupportedError: no adapter for this model, or it cannot serve a stage.
-        AttachError: `model`, or a part of it, is already attached.
+        AttachError: `model`, or another one that shares a part with it, is already attached.
         SpecError, UnknownNameError, BudgetError: a spec that cannot be used.
     """
     parsed = tuple(_stages(stages))
@@ -93,12 +93,14 @@ def attach(model: nn.Module, *stages: Stage | str, adapter: str | None = None) -
         raise SpecError("attach needs at least one stage, e.g. attach(model, 'vtc-cls(keep=128)')")
     known = registry()
     plugin = known.claiming(known.models, model, adapter)
-    for part in model.modules():
-        present = _attached.get(part)
-        if present is not None:
+    parts = set(model.modules())
+    for other, present in list(_attached.items()):
+        if not parts.isdisjoint(other.modules()):
+            whose = "" if other is model else f", which has parts of this {type(model).__name__},"
             raise AttachError(
-                f"{type(part).__name__} is already attached with {_shown(present.stages)!r}; "
-                "detach it first, or give all stages to one attach call"
+                f"{type(other).__name__}{whose} is already attached with "
+                f"{_shown(present.stages)!r}; detach it first, or give all stages to one attach "
+                "call"
             )
     chosen = plugin.factory()
     for stage in parsed:

@@ -13,6 +13,7 @@ from tokenprune.adapter import Removable
 from tokenprune.errors import UnsupportedError
 
 from .fingerprint import fingerprint
+from .llms.cache import state_of
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
@@ -52,6 +53,30 @@ def _refuse_expanded_images(core: nn.Module, args: object, kwargs: dict[str, Any
             f"transformers {transformers.__version__} mixes up the images of a prompt with several "
             "when it expands a batch for beams or num_return_sequences; install "
             "transformers>=5.19"
+        )
+
+
+def lost_images_guard(core: nn.Module) -> Iterator[Removable]:
+    """Below 5.23: refuse chunked prefill of a prompt with images.
+
+    Those versions leave the images out when they split a prompt, without any error, with and
+    without tokenprune.
+    """
+    if VERSION < (5, 23):
+        yield core.register_forward_pre_hook(_refuse_lost_images, with_kwargs=True)
+
+
+def _refuse_lost_images(core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    ids = args[0] if args else kwargs.get("input_ids")
+    cache = kwargs.get("past_key_values")
+    # What follows a shortened prompt may be guesses of prompt lookup, placeholders included.
+    if ids is None or ids.shape[1] < 2 or cache is None or state_of(cache) is not None:
+        return
+    if _images(kwargs) is None and bool((ids == core.config.image_token_id).any()):
+        raise UnsupportedError(
+            f"placeholders came without their images: transformers {transformers.__version__} "
+            "loses the images of a prompt that is prefilled in chunks; unset prefill_chunk_size, "
+            "or install transformers>=5.23"
         )
 
 

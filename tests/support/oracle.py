@@ -1,22 +1,24 @@
-"""Independent oracles: one prompt at a time, no padding, no cache, hand-built embeddings.
+"""Independent oracles: vanilla models on hand-built embeddings of the kept tokens.
 
-Nothing of tokenprune is imported here.
+`greedy` takes one prompt at a time, without padding, masks or cache. Nothing of tokenprune is
+imported here.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from .llava import IMAGE, Row
+from .llava import PAD, Row
 
 
 @torch.no_grad()
-def eager_scores(
-    model: LlavaForConditionalGeneration, images: Tensor, layers: int, ensemble: str = "avg"
-) -> Tensor:
-    """VTC-CLS scores by the released way: full attention maps of an eager tower."""
+def eager_rows(model: LlavaForConditionalGeneration, images: Tensor) -> Tensor:
+    """`(images, layers, heads, patches)` [CLS] rows, from the full attention maps of eager."""
     tower = model.model.vision_tower
     before = tower.config._attn_implementation
     tower.set_attn_implementation("eager")
@@ -24,11 +26,17 @@ def eager_scores(
         maps = tower(pixel_values=images, output_attentions=True).attentions
     finally:
         tower.set_attn_implementation(before)
-    per_layer = torch.stack([a[:, :, 0, 1:].mean(1) for a in maps[-1 - layers : -1]])
-    return {"avg": per_layer.mean(0), "max": per_layer.amax(0), "min": per_layer.amin(0)}[ensemble]
+    return torch.stack([a[:, :, 0, 1:] for a in maps], dim=1)
 
 
-@torch.no_grad()
+def eager_scores(
+    model: LlavaForConditionalGeneration, images: Tensor, layers: int = 3, ensemble: str = "avg"
+) -> Tensor:
+    """`(images, patches)` VTC-CLS scores: head mean, then over the `layers` before the last."""
+    per_layer = eager_rows(model, images).mean(2)[:, -1 - layers : -1]
+    return {"avg": per_layer.mean(1), "max": per_layer.amax(1), "min": per_layer.amin(1)}[ensemble]
+
+
 def kept_indices(scores: Tensor, keep: int) -> list[list[int]]:
     """The `keep` best per image: score descending, then index ascending; in raster order."""
     return [
@@ -37,19 +45,26 @@ def kept_indices(scores: Tensor, keep: int) -> list[list[int]]:
     ]
 
 
-@torch.no_grad()
 def compressed_embeddings(
-    model: LlavaForConditionalGeneration, row: Row, keep: int, positions: str, layers: int = 3
+    model: LlavaForConditionalGeneration,
+    row: Row,
+    keep: int | Sequence[int],
+    positions: str,
+    layers: int = 3,
 ) -> tuple[Tensor, Tensor]:
-    """`(1, tokens, channels)` embeddings of one prompt with kept tokens only, and positions."""
+    """`(1, tokens, channels)` embeddings of one prompt with kept tokens only, and positions.
+
+    `keep` is the same for all images, or one number for each.
+    """
     core = model.model
+    budgets = iter([keep] * len(row.images) if isinstance(keep, int) else keep)
     embed = core.get_input_embeddings()
     pieces, places, place = [], [], 0
     for part in row.parts:
         if isinstance(part, Tensor):
             states = core.vision_tower(pixel_values=part[None], output_hidden_states=True)
             patches = states.hidden_states[-2][0, 1:]
-            kept = kept_indices(eager_scores(model, part[None], layers), keep)[0]
+            kept = kept_indices(eager_scores(model, part[None], layers), next(budgets))[0]
             pieces.append(core.multi_modal_projector(patches[kept]))
             places += [place + n for n in kept]
             place += len(patches)
@@ -62,12 +77,44 @@ def compressed_embeddings(
     return torch.cat(pieces)[None], torch.tensor([places])
 
 
+def loss(
+    model: LlavaForConditionalGeneration, batch: list[Row], keep: int, positions: str
+) -> Tensor:
+    """Mean cross entropy of the text (but BOS) of truly compressed prompts, with gradients."""
+    losses = []
+    for row in batch:
+        embeds, places = compressed_embeddings(model, row, keep, positions)
+        logits = model.lm_head(hidden_states(model, embeds, places)[-1][0])
+        slots = [part for part in row.parts for _ in range(keep if isinstance(part, Tensor) else 1)]
+        for slot, part in enumerate(slots[1:], start=1):
+            if not isinstance(part, Tensor):
+                losses.append(-logits[slot - 1].log_softmax(-1)[part])
+    return torch.stack(losses).mean()
+
+
+def hidden_states(
+    model: LlavaForConditionalGeneration, embeds: Tensor, places: Tensor
+) -> tuple[Tensor, ...]:
+    """All hidden states of one compressed prompt, by the plainest call there is."""
+    length = embeds.shape[1]
+    visible = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    return model.model.language_model(
+        inputs_embeds=embeds,
+        position_ids=places,
+        attention_mask=visible
+        if model.model.language_model.config._attn_implementation == "sdpa"
+        else torch.zeros(visible.shape).masked_fill(~visible, -1e30),
+        use_cache=False,
+        output_hidden_states=True,
+    ).hidden_states
+
+
 @torch.no_grad()
 def greedy(
     model: LlavaForConditionalGeneration,
     row: Row,
-    keep: int,
-    steps: int,
+    keep: int | Sequence[int],
+    steps: int = 6,
     positions: str = "reindexed",
     layers: int = 3,
 ) -> tuple[list[int], Tensor]:
@@ -76,20 +123,33 @@ def greedy(
     place = len(row.ids) if positions == "original" else places.shape[1]
     text, logits = [], []
     for _ in range(steps):
-        length = embeds.shape[1]
-        visible = torch.ones(length, length, dtype=torch.bool).tril()
-        hidden = model.model.language_model(
-            inputs_embeds=embeds,
-            position_ids=places,
-            attention_mask=torch.zeros(1, 1, length, length).masked_fill(~visible, -1e30)
-            if model.config._attn_implementation == "eager"
-            else visible[None, None],
-            use_cache=False,
-        ).last_hidden_state
-        logits.append(model.lm_head(hidden[0, -1]))
+        logits.append(model.lm_head(hidden_states(model, embeds, places)[-1][0, -1]))
         text.append(int(logits[-1].argmax()))
         embeds = torch.cat([embeds, model.get_input_embeddings()(torch.tensor([text[-1:]]))], 1)
         places = torch.cat([places, torch.tensor([[place]])], 1)
         place += 1
-    assert IMAGE not in row.ids[-1:]
     return text, torch.stack(logits)
+
+
+def greedy_batch(
+    model: LlavaForConditionalGeneration,
+    batch: list[Row],
+    keep: int | Sequence[int],
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`(rows, steps)` text and `(rows, steps, vocabulary)` logits of `greedy`, row by row."""
+    each = [greedy(model, row, keep, **options) for row in batch]
+    return torch.tensor([text for text, _ in each]), torch.stack([logits for _, logits in each])
+
+
+@torch.no_grad()
+def padded_embeddings(
+    model: LlavaForConditionalGeneration, batch: list[Row], keep: int
+) -> dict[str, Tensor]:
+    """A left padded batch of compressed prompts, for a vanilla `generate`."""
+    each = [compressed_embeddings(model, row, keep, "reindexed")[0] for row in batch]
+    width = max(embeds.shape[1] for embeds in each)
+    pad = model.get_input_embeddings()(torch.tensor([[PAD]]))
+    rows = [torch.cat([pad.expand(-1, width - e.shape[1], -1), e], 1) for e in each]
+    mask = [[0] * (width - e.shape[1]) + [1] * e.shape[1] for e in each]
+    return {"inputs_embeds": torch.cat(rows), "attention_mask": torch.tensor(mask)}
