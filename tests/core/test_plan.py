@@ -176,6 +176,10 @@ def test_merging_half_precision_would_go_wrong_without_float32() -> None:
     plan = Plan.group(torch.zeros(1, 40, dtype=torch.int64), torch.ones(1, 40))
     assert plan(torch.full((1, 40, 1), 6e4, dtype=torch.float16)).item() == 6e4
     assert torch.full((40,), 6e4, dtype=torch.float16).cumsum(0)[-1].isinf()
+    cancel = Plan.group(torch.tensor([[0, 0]]), torch.tensor([[1.0, 9.0]]))
+    nines = torch.tensor([[[9.0], [-1.0]]], dtype=torch.bfloat16)
+    assert cancel(nines).abs().item() < 1e-6
+    assert (cancel.dense().bfloat16() @ nines).abs().item() > 1e-3
     x = torch.tensor([256.0] + [1.0] * 255, dtype=torch.bfloat16)[None, :, None]
     many = Plan.group(torch.zeros(1, 256, dtype=torch.int64), torch.ones(1, 256))
     assert many(x).item() == torch.tensor(511 / 256).bfloat16().item()

@@ -137,8 +137,9 @@ def _collect(
         raise PluginError("another entry point offers the same object")
     others = set(manager.get_plugins())
     try:
-        # Inside: pluggy keeps the hooks that it had read before it met a faulty one.
-        manager.register(plugin)
+        # A name of our own, since two packages may both call their class `Plugin`. Inside the
+        # `try`, since pluggy < 1.7 keeps the hooks that it read before it met a faulty one.
+        manager.register(plugin, f"{origin}#{len(others)}")
         try:
             manager.check_pending()
         except pluggy.PluginValidationError as error:
@@ -156,7 +157,8 @@ def _collect(
                 )
             found[kind] = [Offer(each, origin) for each in offered]
     except Exception:
-        manager.unregister(plugin)
+        if manager.is_registered(plugin):
+            manager.unregister(plugin)
         raise
     for kind, offers in found.items():
         getattr(registry, kind).extend(offers)
