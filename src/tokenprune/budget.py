@@ -95,6 +95,8 @@ class Budgeted:
 
     def __post_init__(self) -> None:
         keep = self.keep if isinstance(self.keep, Keep) else Keep(self.keep, self.per)
+        if self.per not in ("image", keep.per):
+            raise BudgetError(f"per={self.per!r} contradicts {keep}; give it once")
         object.__setattr__(self, "keep", keep.amount)
         object.__setattr__(self, "per", keep.per)
 

@@ -126,3 +126,7 @@ def test_a_reducer_takes_a_number_or_a_budget() -> None:
     assert Evict(Keep(0.25, "crop")) == Evict(0.25, per="crop")
     assert Evict(0.25, per="crop").budget == Keep(0.25, "crop")
     assert Evict(5).budget == Keep(5)
+    assert Evict(Keep(5, "crop"), per="crop").per == "crop"
+    with pytest.raises(BudgetError) as caught:
+        Evict(Keep(5), per="crop")
+    assert str(caught.value) == ("per='crop' contradicts Keep(amount=5, per='image'); give it once")

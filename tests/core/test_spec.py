@@ -273,7 +273,7 @@ def test_one_and_one_point_zero_are_told_apart() -> None:
         ("random | evict({3})", BudgetError, "got {3}"),
         ("evict(3)", SpecError, "Evict ranks tokens by scores, but no scorer stands before it"),
         ("evict(3)", SpecError, "try Strategy(ClsAttentionScorer(), Evict(...))"),
-        ("uniform", SpecError, "a strategy ends with a reducer (evict, ...), got UniformScorer"),
+        ("cls-attention", SpecError, "a strategy ends with a reducer (evict, ...), got ClsAtt"),
         ("cls-attention | uniform", SpecError, "got ClsAttentionScorer, UniformScorer"),
     ],
 )
