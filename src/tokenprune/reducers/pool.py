@@ -100,8 +100,10 @@ def _cell(place: Tensor, grids: list[tuple[int, int]], cells: list[int]) -> Tens
     count, wanted = column(bands, place.device), column(cells, place.device)
     y = _share(place, 1, width).minimum(height - 1)
     band = _share(y, count, height)
-    start = _share(band, wanted, count)
-    inside = _share(place - y * width, _share(band + 1, wanted, count) - start, width)
+    # Rounded up as the first rows of bands are, so that the bands with a row more come first in
+    # both, and get the cells that do not divide evenly.
+    start = -_share(-band, wanted, count)
+    inside = _share(place - y * width, -_share(-band - 1, wanted, count) - start, width)
     return (start + inside).clamp(min=0, max=place.shape[1] - 1)
 
 
