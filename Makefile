@@ -42,7 +42,7 @@ fuzz: $(READY)  ## property tests with 50 times the examples
 	TOKENPRUNE_HYPOTHESIS_PROFILE=fuzz $(PYTEST) tests/core tests/reference tests/conformance
 
 bench: $(READY)  ## ratios to reference implementations
-	$(SINGLE) $(BIN)/python -m pytest tests/benchmarks
+	set -e; for script in tests/benchmarks/bench_*.py; do $(SINGLE) $(BIN)/python $$script; done
 
 train: $(READY)  ## train the miniature model anew, into out/pocket/checkpoint
 	$(BIN)/python -m tokenprune_adapters.pocket.train --out out/pocket

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import os
+
+from rich.box import SIMPLE_HEAVY
 from rich.console import Console
+from rich.table import Table
 
 
 def console() -> Console:
     """A console on what is standard output now; tests and pipes may have replaced it."""
-    return Console(highlight=False)
+    out = Console(highlight=False)
+    if not out.is_terminal and "COLUMNS" not in os.environ:
+        out.width = 100  # nobody has to turn a file's lines
+    return out
+
+
+def table(*headings: str, footer: bool = False) -> Table:
+    """An empty table without frame, columns close together."""
+    return Table(
+        *headings,
+        box=SIMPLE_HEAVY,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        show_footer=footer,
+    )
 
 
 def milliseconds(seconds: float) -> str:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
-from rich.box import SIMPLE_HEAVY
 from rich.table import Table
 
 from ..analysis.overlay import magnify, overlay, picture_of, side_by_side
 from ..plan import Plan
 from .answer import Answer, answer
-from .console import console, milliseconds, size
+from .console import console, milliseconds, size, table
 from .loading import CommandError, Loaded, quiet
 from .run import write_picture
 from .timing import Timing, explained, measure
@@ -25,23 +24,23 @@ if TYPE_CHECKING:
 BUDGETS = (28, 14, 7)
 """Of 64 visual tokens: the shares that 256, 128 and 64 are of LLaVA-1.5's 576."""
 
+METHOD = "cls-attention(layers=3) | evict({keep}) @ before-llm"
+CONTROL = "random | evict({keep}) @ before-llm"
 
-def spec_for(keep: int | str) -> str:
-    """The spec that the demo attaches for a budget."""
-    return f"cls-attention(layers=3) | evict({keep}) @ before-llm"
+SPECS: dict[str, str | None] = {
+    "vanilla": None,
+    **{f"keep {keep}": METHOD.format(keep=keep) for keep in BUDGETS},
+    f"random {BUDGETS[-1]}": CONTROL.format(keep=BUDGETS[-1]),
+}
+"""What the demo attaches, by the title of its column; the control tells merit from luck."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """All answers at one budget; None is vanilla."""
+    """All answers under one spec."""
 
-    keep: int | None
+    title: str
     answers: tuple[Answer, ...]
-
-    @property
-    def title(self) -> str:
-        """What stands above it."""
-        return "vanilla" if self.keep is None else f"keep {self.keep}"
 
     def right(self, asked: Sequence[Question]) -> int:
         """How many answers are true."""
@@ -70,13 +69,11 @@ def demo(out: Path, seed: int, runs: int) -> None:
     asked = pocket.questions(scene)
     inputs = [loaded.inputs(scene.picture, prompt(question)) for question in asked]
 
-    columns = []
-    for keep in (None, *BUDGETS):
-        spec = None if keep is None else spec_for(keep)
-        answers = tuple(answer(loaded, each, spec, tokens=2) for each in inputs)
-        columns.append(Column(keep, answers))
-    specs = [None if column.keep is None else spec_for(column.keep) for column in columns]
-    timings = measure(loaded.model, inputs[0], specs, runs) if runs else None
+    columns = [
+        Column(title, tuple(answer(loaded, each, spec, tokens=1) for each in inputs))  # one word
+        for title, spec in SPECS.items()
+    ]
+    timings = measure(loaded.model, inputs[0], list(SPECS.values()), runs) if runs else None
 
     screen = console()
     parameters = loaded.model.num_parameters() / 1e6
@@ -85,7 +82,8 @@ def demo(out: Path, seed: int, runs: int) -> None:
         f"compression; picture {seed}, drawn for this run",
         soft_wrap=True,
     )
-    screen.print(f"compressed by  {spec_for('N')}\n", markup=False, soft_wrap=True)
+    screen.print(f"keep N         {METHOD.format(keep='N')}", markup=False, soft_wrap=True)
+    screen.print(f"random N       {CONTROL.format(keep='N')}\n", markup=False, soft_wrap=True)
     screen.print(_answers(columns, asked), "")
     screen.print(_costs(columns, timings), "")
     if timings:
@@ -99,7 +97,7 @@ def demo(out: Path, seed: int, runs: int) -> None:
     looks = loaded.processor.image_processor
     pixels = inputs[0]["pixel_values"][0]
     seen = picture_of(pixels, looks.image_mean, looks.image_std)
-    plans = {column.title: _plan(column) for column in columns if column.keep is not None}
+    plans = {column.title: _plan(column) for column in columns[1:]}
     write_picture(magnify(scene.picture), out / "picture.png")
     write_picture(_sheet(seen, plans, loaded.grid(pixels)), out / "overlay.png")
     screen.print(f"wrote          {out / 'picture.png'}, {out / 'overlay.png'}", soft_wrap=True)
@@ -120,47 +118,36 @@ def _sheet(seen: Image.Image, plans: dict[str, Plan], grid: tuple[int, int]) -> 
 
 
 def _answers(columns: Sequence[Column], asked: Sequence[Question]) -> Table:
-    titles = [column.title for column in columns]
-    table = Table(
-        "question",
-        "truth",
-        *titles,
-        show_footer=True,
-        box=SIMPLE_HEAVY,
-        show_edge=False,
-        pad_edge=False,
-    )
+    shown = table("question", "truth", *(column.title for column in columns), footer=True)
     for number, question in enumerate(asked):
         given = [column.answers[number].text for column in columns]
         marks = [
             f"[green]{text}[/]" if text == question.answer else f"[red]{text} ✗[/]"
             for text in given
         ]
-        table.add_row(question.text, question.answer, *marks)
-    table.columns[0].footer = "right"
+        shown.add_row(question.text, question.answer, *marks)
+    shown.columns[0].footer = "right"
     for place, column in enumerate(columns, start=2):
-        table.columns[place].no_wrap = True
-        table.columns[place].footer = f"{column.right(asked)} of {len(asked)}"
-    return table
+        shown.columns[place].no_wrap = True
+        shown.columns[place].footer = f"{column.right(asked)} of {len(asked)}"
+    return shown
 
 
 def _costs(columns: Sequence[Column], timings: Sequence[Timing] | None) -> Table:
-    table = Table(
-        "", *(column.title for column in columns), box=SIMPLE_HEAVY, show_edge=False, pad_edge=False
-    )
+    shown = table("", *(column.title for column in columns))
     pruned = [column.answers[0].report for column in columns[1:]]
     reports = [report for report in pruned if report is not None]
-    table.add_row(
+    shown.add_row(
         "visual tokens",
         str(reports[0].tokens_before),
         *(str(report.tokens_after) for report in reports),
     )
-    table.add_row(
+    shown.add_row(
         "KV cache after prefill",
         size(reports[0].kv_bytes_vanilla),
         *(size(report.kv_bytes) for report in reports),
     )
     if timings:
-        table.add_row("time to first token", *(milliseconds(t.first) for t in timings))
-        table.add_row("each later token", *(milliseconds(t.each) for t in timings))
-    return table
+        shown.add_row("time to first token", *(milliseconds(t.first) for t in timings))
+        shown.add_row("each later token", *(milliseconds(t.each) for t in timings))
+    return shown

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from rich.box import SIMPLE_HEAVY
 from rich.table import Table
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from ..plan import Plan
 from ..report import Report
 from ..spec import parse_schedule, spec_of
 from .answer import Answer, answer
-from .console import console, milliseconds, size
+from .console import console, milliseconds, size, table
 from .loading import CommandError, Loaded, load, open_picture
 from .timing import Timing, explained, measure
 
@@ -40,9 +39,12 @@ class Request:
 def run(request: Request) -> None:
     """Answer, compare, draw."""
     # What cannot work is cheap to find out before gigabytes are loaded.
+    stages = parse_schedule(request.prune)
     if request.overlay is not None:
         check_writable(request.overlay)
-    spec = "; ".join(map(spec_of, parse_schedule(request.prune)))
+        if len(stages) > 1:
+            raise CommandError(f"an overlay shows one stage, the spec has {len(stages)}")
+    spec = "; ".join(map(spec_of, stages))
     picture = open_picture(request.image)
     loaded = load(request.model, request.device, request.dtype)
     inputs = loaded.inputs(picture, loaded.text(request.prompt))
@@ -68,22 +70,16 @@ def _table(answers: list[Answer], timings: list[Timing] | None) -> Table:
     """One column for each answer, vanilla first where it was asked for."""
     report = answers[-1].report
     assert report is not None
-    table = Table(
-        "",
-        *(["vanilla"] if len(answers) > 1 else []),
-        "compressed",
-        box=SIMPLE_HEAVY,
-        pad_edge=False,
-    )
-    table.add_row("answer", *(each.text for each in answers))
-    table.add_row("visual tokens", *_pair(answers, str(before(report)), str(after(report))))
-    table.add_row("KV cache", *_pair(answers, *kv_cache(report)))
+    shown = table("", *(["vanilla"] if len(answers) > 1 else []), "compressed")
+    shown.add_row("answer", *(each.text for each in answers))
+    shown.add_row("visual tokens", *_pair(answers, str(before(report)), str(after(report))))
+    shown.add_row("KV cache", *_pair(answers, *kv_cache(report)))
     if timings:
-        table.add_row("time to first token", *(milliseconds(t.first) for t in timings))
-        table.add_row("each later token", *(milliseconds(t.each) for t in timings))
+        shown.add_row("time to first token", *(milliseconds(t.first) for t in timings))
+        shown.add_row("each later token", *(milliseconds(t.each) for t in timings))
         selector = milliseconds(report.selector_seconds / max(report.calls, 1))
-        table.add_row("selector, first call", *_pair(answers, "-", selector))
-    return table
+        shown.add_row("selector, first call", *_pair(answers, "-", selector))
+    return shown
 
 
 def _pair(answers: list[Answer], vanilla: str, compressed: str) -> list[str]:
