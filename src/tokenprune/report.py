@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -91,39 +91,32 @@ class Record:
     _pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def reduced(
-        self, reduction: Reduction, before: tuple[int, ...], layer: int = 0, since: int = 0
-    ) -> None:
-        """Note a reduction of rows with `before` visual tokens each.
+    def reduced(self, reduction: Reduction, before: tuple[int, ...]) -> None:
+        """Note a reduction, before the LLM, of images with `before` visual tokens each."""
+        self.decided(reduction)
+        self.counted(before, {0: reduction.plan.lengths})
+
+    def decided(self, reduction: Reduction) -> None:
+        """Note a reduction as the latest, without counting tokens."""
+        with self._lock:
+            self._last = reduction
+
+    def counted(self, before: tuple[int, ...], after: Mapping[int, tuple[int, ...]]) -> None:
+        """Note the visual tokens of a batch of images: one call.
 
         Args:
-            reduction: what was done.
-            before: visual tokens of each row.
-            layer: the LLM layer from which on it holds; 0 is before the LLM.
-            since: the LLM layer from which on `before` held.
+            before: of each image as the vision tower made it.
+            after: of each image from an LLM layer on, by layer, ascending; 0 is the LLM's input.
         """
-        after = reduction.plan.lengths
-        images = tuple(ImageReport(b, a) for b, a in zip(before, after, strict=True))
+        *_, last = after.values()
+        images = tuple(ImageReport(b, a) for b, a in zip(before, last, strict=True))
         with self._lock:
-            known = self._report
-            calls, total = known.calls + 1, known.tokens_before + sum(before)
-            layers = [entry for entry in known.layers if entry[0] < since]
-            layers += [(since, sum(before))] if layer else []
-            if layer and before == tuple(image.after for image in known.images):
-                # A further stage of the same call.
-                images = tuple(
-                    ImageReport(image.before, a)
-                    for image, a in zip(known.images, after, strict=True)
-                )
-                calls, total = known.calls, known.tokens_before
-                known = replace(known, tokens_after=known.tokens_after - sum(before))
-            self._last = reduction
             self._update(
                 images=images,
-                layers=(*layers, (layer, sum(after))),
-                calls=calls,
-                tokens_before=total,
-                tokens_after=known.tokens_after + sum(after),
+                layers=tuple((layer, sum(tokens)) for layer, tokens in after.items()),
+                calls=self._report.calls + 1,
+                tokens_before=self._report.tokens_before + sum(before),
+                tokens_after=self._report.tokens_after + sum(last),
             )
 
     def cached(self, stored: int, vanilla: int) -> None:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from tokenprune.adapter import NotCopyable, Observation, Removable
 from tokenprune.errors import MissingSignalError, UnsupportedError
 from tokenprune.report import Record
+from tokenprune.signals import Signals
 from tokenprune.strategy import Strategy
 from tokenprune.tokens import VisualTokens
 
 from .carry import carried, carry
-from .llms.store import SignalStore
+from .llms.store import Ids, SignalStore, Sizes
 from .marks import spread
 
 
@@ -26,7 +27,8 @@ class ReduceBeforeProjector(NotCopyable):
         strategy: what to do with the tokens of each image; None keeps them all.
         observation: the tower's latest pass.
         record: where to note what was done.
-        later: where to leave the tower's signals for stages inside the language model, or None.
+        later: where to leave what is known of the images for stages inside the language model,
+            which then count the tokens; or None.
     """
 
     def __init__(
@@ -48,6 +50,27 @@ class ReduceBeforeProjector(NotCopyable):
 
     def before(self, projector: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         features: Tensor = args[0]
+        if self.strategy is None:
+            if not self.observation.ready:
+                return None
+            seen, signals = self.observation.take()
+            if signals:
+                _check_same(features, seen.features)
+            return (carry(features, (None, _known(seen, signals))), *args[1:])
+        seen, signals = self._seen(features)
+        with self.record.selecting(features.device):
+            tokens = VisualTokens.of(features, ids=seen.ids.to(features.device))
+            reduction = self.strategy(tokens, signals)
+        self.record.decided(reduction)
+        if self.later is None:
+            self.record.counted(tokens.lengths, {0: reduction.plan.lengths})
+        plan = None if reduction.plan.is_identity else reduction.plan
+        left = Signals()
+        if self.later is not None:
+            left = _known(reduction.tokens, signals if plan is None else signals.reduce(plan))
+        return (carry(reduction.tokens.features, (plan, left)), *args[1:])
+
+    def _seen(self, features: Tensor) -> tuple[VisualTokens, Signals]:
         if not self.observation.ready:
             raise MissingSignalError(
                 "the projector ran without the vision tower, so there are no scores to reduce by; "
@@ -55,16 +78,7 @@ class ReduceBeforeProjector(NotCopyable):
             )
         seen, signals = self.observation.take()
         _check_same(features, seen.features)
-        if self.strategy is None:
-            return (carry(features, (None, signals)), *args[1:])
-        with self.record.selecting(features.device):
-            tokens = VisualTokens.of(features, ids=seen.ids.to(features.device))
-            reduction = self.strategy(tokens, signals)
-        self.record.reduced(reduction, tokens.lengths)
-        plan = None if reduction.plan.is_identity else reduction.plan
-        if plan is not None and self.later is not None:
-            signals = signals.reduce(plan)
-        return (carry(reduction.tokens.features, (plan, signals)), *args[1:])
+        return seen, signals
 
     def after(self, projector: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         left = carried(args[0])
@@ -75,6 +89,11 @@ class ReduceBeforeProjector(NotCopyable):
         if self.later is not None:
             self.later.put(features, signals)
         return features
+
+
+def _known(tokens: VisualTokens, signals: Signals) -> Signals:
+    """What stages inside the language model may want to know of images."""
+    return Signals({**signals, Ids(): tokens.ids, Sizes(): tokens.sizes})
 
 
 def _check_same(features: Tensor, seen: Tensor) -> None:

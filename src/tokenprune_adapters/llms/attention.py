@@ -6,10 +6,14 @@ import sys
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedError
+
+from ..layout import Layout
+from .images import Images, Seats
+from .segment import Segment
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -32,6 +36,59 @@ def check_layer(layer: nn.Module) -> None:
                 [f"it has no {name}" for name in missing] + [f"it has {name}" for name in extra]
             )
         )
+
+
+def attention_to_images(
+    layer: nn.Module,
+    hidden: Tensor,
+    rotary: Rotary,
+    segment: Segment,
+    images: Images,
+    seats: Seats,
+    cached: Tensor | None,
+    every_text_token: bool,
+) -> Tensor:
+    """Attention of the text to each image's tokens, `(images, heads, tokens)`.
+
+    Args:
+        layer: a decoder layer like Llama's.
+        hidden: `(batch, slots, channels)`, what went into it.
+        rotary: cosine and sine at those slots.
+        segment: the segment that the layer belongs to.
+        images: which of the slots are visual.
+        seats: where the tokens of each image sit.
+        cached: the layer's rotated keys where they are at hand, see `query_rows`.
+        every_text_token: the mean over all text tokens after an image, or the prompt's last token.
+    """
+    numbers = torch.arange(seats.slots, device=hidden.device)
+    real = segment.real
+    if real is None:
+        real = torch.ones_like(segment.place, dtype=torch.bool)
+    last = torch.where(real, numbers, -1).amax(1, keepdim=True).clamp(min=0)
+    if not every_text_token:
+        rows = query_rows(layer, hidden, rotary, last, segment.after.valid, cached)[seats.row]
+        return _columns(rows[:, :, 0], seats)
+    visual = images.number >= 0
+    text = real & ~visual & (visual.cumsum(1) > 0)
+    queries = Layout.of(text | (numbers == last))
+    rows = query_rows(layer, hidden, rotary, queries.index, segment.after.valid, cached)
+    if queries.valid is not None:
+        # A filler may be padding, which attends to nothing: NaN.
+        rows = rows.masked_fill(~queries.valid[:, None, :, None], 0)
+    asks = text.gather(1, queries.index)[seats.row]
+    asks = asks & (queries.index[seats.row] > seats.column.amax(1, keepdim=True))
+    # An image that ends its prompt is asked about by the last token alone.
+    alone = ~asks.any(1, keepdim=True)
+    asks = torch.where(alone, (queries.index == last)[seats.row], asks).float()
+    weight = asks / asks.sum(1, keepdim=True)
+    mean = einsum(rows[seats.row], weight, "image heads query key, image query -> image heads key")
+    return _columns(mean, seats)
+
+
+def _columns(rows: Tensor, seats: Seats) -> Tensor:
+    """`(images, heads, keys)` to `(images, heads, tokens)`; `seats` are among the newest keys."""
+    columns = seats.column + rows.shape[2] - seats.slots
+    return rows.gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))
 
 
 def query_rows(

@@ -124,6 +124,23 @@ def check_cache(cache: Cache | None) -> None:
             )
 
 
+def check_starts(cache: Cache | None, starts: tuple[int, ...]) -> None:
+    """Refuse a cache whose prompt was shortened before other layers than `starts`.
+
+    All layers between two starts must hold the same slots, since they share one mask.
+    """
+    layers = cache.layers if cache is not None else []
+    offsets = [layer.state.offset if isinstance(layer, ShortenedLayer) else 0 for layer in layers]
+    found = {n for n in range(1, len(offsets)) if offsets[n] != offsets[n - 1]}
+    if found - set(starts):
+        here = ", ".join(map(str, starts)) or "no layer"
+        raise AttachError(
+            "the prompt in this KV cache was reduced after layer "
+            f"{', '.join(map(str, sorted(found)))}, this attachment reduces after {here}; attach "
+            "the same stages again, or start a new cache"
+        )
+
+
 def expect_update(cache: Cache | None) -> None:
     """Tell shortened layers that the next update comes from an attached model."""
     for layer in cache.layers if cache is not None else ():

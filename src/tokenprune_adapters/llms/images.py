@@ -1,4 +1,4 @@
-"""Which slots of a prompt are visual, and of which image."""
+"""Which slots of a prompt are visual, and of which image: to the tokens of images and back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import UnsupportedError
+from tokenprune.plan import Plan
 
 from ..fingerprint import fingerprint
 from ..layout import Layout
@@ -71,8 +72,9 @@ class Images:
         number = layout.shorten(self.number + 1) - 1
         return replace(self, number=number, place=layout.shorten(self.place))
 
-    def slots(self) -> tuple[Tensor, Tensor]:
-        """Each image's tokens: `(images, tokens)` index into `batch * slots`, and mask."""
+    def seats(self) -> Seats:
+        """Where the tokens of each image sit. One sync."""
+        batch, slots = self.number.shape
         flat = (self.number >= 0).flatten().nonzero().squeeze(1)
         image = self.number.flatten()[flat]
         count = torch.bincount(image, minlength=self.prints.shape[0])
@@ -82,4 +84,56 @@ class Images:
         index[image, column] = flat
         mask = torch.zeros(shape, dtype=torch.bool, device=flat.device)
         mask[image, column] = True
-        return index, mask
+        return Seats(index, mask, batch, slots)
+
+
+@dataclass(frozen=True, eq=False)
+class Seats:
+    """Where the tokens of each image sit in a batch of prompts.
+
+    Attributes:
+        index: `(images, tokens)` int64 into `batch * slots`.
+        mask: `(images, tokens)` bool, False where an image has fewer tokens.
+        batch: prompts.
+        slots: per prompt.
+    """
+
+    index: Tensor
+    mask: Tensor
+    batch: int
+    slots: int
+
+    @property
+    def row(self) -> Tensor:
+        """`(images)` int64, the prompt that each image is in."""
+        return self.index[:, 0] // self.slots
+
+    @property
+    def column(self) -> Tensor:
+        """`(images, tokens)` int64, the slot of the prompt."""
+        return self.index % self.slots
+
+    def take(self, x: Tensor) -> Tensor:
+        """`(batch, slots, ...)` to `(images, tokens, ...)`; padding is zero."""
+        taken = x.flatten(0, 1).index_select(0, self.index.flatten())
+        taken = taken.reshape(*self.index.shape, *x.shape[2:])
+        return taken.masked_fill(~self.mask.reshape(*self.mask.shape, *(1,) * (x.ndim - 2)), 0)
+
+    def dropped(self, plan: Plan) -> Tensor:
+        """`(batch, slots)` bool: tokens that are no anchor of `plan`."""
+        # One slot more, to which padding is written.
+        drop = self.mask.new_zeros(self.batch * self.slots + 1)
+        drop[self.index.masked_fill(~self.mask, -1).flatten()] = True
+        drop[self._anchors(plan).flatten()] = False
+        return drop[:-1].reshape(self.batch, self.slots)
+
+    def merge(self, hidden: Tensor, plan: Plan) -> Tensor:
+        """`(batch, slots, channels)` with what `plan` makes of each group at its anchor."""
+        flat = torch.cat([hidden.flatten(0, 1), hidden.new_zeros(1, hidden.shape[2])])
+        merged = plan(self.take(hidden)).flatten(0, 1)
+        anchors = self._anchors(plan).flatten() % flat.shape[0]
+        return flat.index_copy(0, anchors, merged)[:-1].reshape(hidden.shape)
+
+    def _anchors(self, plan: Plan) -> Tensor:
+        """`(images, kept)` int64 into `batch * slots`, -1 for padding."""
+        return self.index.gather(1, plan.anchors).masked_fill(~plan.mask, -1)

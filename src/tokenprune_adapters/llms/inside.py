@@ -3,6 +3,14 @@
 Every decoder layer gets a hook before it. Where a stage starts, the hook scores, decides, takes
 slots out of the hidden states and opens a new segment; in all later layers it replaces the mask,
 positions and rotary embedding, which the model has made for the first segment, by their own.
+
+Prefill of a prompt of S slots, of which a stage at layer 2 of 4 keeps S':
+
+    layer 0   layer 1   layer 2    layer 3
+    |-- segment 0: S --||-- segment 2: S' --|
+
+Only the pass that holds an image decides. Later passes (decoding) find in the cache how each
+segment was shortened.
 """
 
 from __future__ import annotations
@@ -12,25 +20,23 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from einops import einsum
 from torch import Tensor, nn
 
 from tokenprune.adapter import NotCopyable, Removable
-from tokenprune.errors import UnsupportedError
+from tokenprune.errors import MissingSignalError, UnsupportedError
 from tokenprune.placement import AfterLayer
 from tokenprune.plan import Plan
 from tokenprune.report import Record
 from tokenprune.signals import LastQueryAttention, Signal, Signals, TextQueryAttention
-from tokenprune.strategy import Stage
+from tokenprune.strategy import Reduction, Stage
 from tokenprune.tokens import VisualTokens
 
-from ..layout import Layout
-from .attention import check_layer, query_rows
+from .attention import attention_to_images, check_layer
 from .cache import Shortened, state_of
-from .images import Images
+from .images import Images, Seats
 from .segment import Segment, Slots, enter
 from .shorten import RUN, Run
-from .store import SignalStore
+from .store import Ids, SignalStore, Sizes, fitted
 
 QueryAttention = LastQueryAttention | TextQueryAttention
 
@@ -81,78 +87,113 @@ class ReduceInside(NotCopyable):
             )
         return layers
 
+    @torch.no_grad()
     def open_segment(self, run: Run, start: int, hidden: Tensor, rotary: Any) -> None:
-        """Score, decide, and let `run` know the segment that starts at layer `start`."""
+        """Score, decide, and let `run` know the segment that starts at layer `start`.
+
+        A decision takes no part in autograd, like all signals; what it does to `hidden` does.
+        """
         previous = run.segment_of(start)
-        images: Images = run.images
-        stage = self.stages[start]
-        index, mask = images.slots()
-        if index.shape[1] == 0:  # an earlier stage has withdrawn them all
+        images = run.images
+        assert images is not None
+        seats = images.seats()
+        if seats.index.shape[1] == 0:  # an earlier stage has withdrawn them all
             run.segments[start] = replace(previous, layout=None)
             return
         with self.record.selecting(hidden.device):
-            tokens = VisualTokens.of(
-                _take(hidden, index),
-                mask=mask,
-                positions=_take(images.place, index).masked_fill(~mask, 0),
-                ids=images.prints,
-            )
-            signals = self._signals(run, start, stage, images, index, rotary)
-            reduction = stage.strategy(tokens, signals)
-        since = max(first for first in run.segments if first < start)
-        self.record.reduced(reduction, tokens.lengths, layer=start, since=since)
+            reduction = self._decide(run, images, start, hidden, rotary, seats)
         plan = reduction.plan
-        cached = run.cache is not None
-        fresh = Shortened(
-            0,
-            run.segments[0].before.valid,
-            previous.before.moved.new_zeros(hidden.shape[0]),
-            0,
-        )
-        state = state_of(run.cache, start) or fresh
-        place = previous.place + (previous.before.moved - state.moved)[:, None]
+        self.record.decided(reduction)
+        run.counts[start] = plan.lengths
         drop = None
-        if plan.weights is not None or plan.lengths != tokens.lengths:
-            drop = _dropped(hidden, index, mask, plan)
-        assert isinstance(stage.placement, AfterLayer)
-        slots = Slots(drop, previous.real, place)
-        segment = enter(slots, state, run.past, stage.placement.positions, self.llm, cached)
-        run.segments[start] = replace(segment, after=_behind(previous, segment.after))
         if plan.weights is not None:
-            run.merges[start] = (index, mask, plan)
+            run.merges[start] = seats, plan
+        if plan.weights is not None or not _keeps_all(plan, run.counts):
+            drop = seats.dropped(plan)
+        segment = self._segment(run, start, previous, drop)
+        run.segments[start] = segment
         if segment.layout is not None:
             run.images = images.through(segment.layout)
 
-    def _signals(
-        self,
-        run: Run,
-        start: int,
-        stage: Stage,
-        images: Images,
-        index: Tensor,
-        rotary: Any,
-    ) -> Signals:
-        asked = stage.strategy.signals
-        inside = {signal for signal in asked if isinstance(signal, QueryAttention)}
-        outside: frozenset[Signal] = asked - inside
-        answers = self.store.get(images.prints, outside, index.shape[1]) if outside else {}
-        segment = run.segment_of(start)
-        for signal in inside:
-            rows = [
-                _attention_to_images(
+    def _decide(
+        self, run: Run, images: Images, start: int, hidden: Tensor, rotary: Any, seats: Seats
+    ) -> Reduction:
+        """Run the stage's strategy on the tokens of all images in the batch."""
+        strategy = self.stages[start].strategy
+        if not run.counts:
+            run.counts[0] = tuple(seats.mask.sum(1).tolist())
+            run.known = self.store.get(images.prints)
+        known = dict(fitted(run.known, seats.index.shape[1]))
+        tokens = VisualTokens.of(
+            seats.take(hidden),
+            mask=seats.mask,
+            positions=seats.take(images.place),
+            sizes=known.get(Sizes()),
+            ids=known.get(Ids(), images.prints),
+        )
+        missing = [
+            signal
+            for signal in strategy.signals - known.keys()
+            if not isinstance(signal, QueryAttention)
+        ]
+        if missing:
+            raise MissingSignalError(
+                f"{', '.join(map(repr, missing))} of an image is not known: its features did not "
+                "come from the attached vision tower; pass pixel_values, not features of your own"
+            )
+        rows = self._rows(run, images, start, seats, rotary)
+        reduction = strategy(tokens, Signals({**known, **rows}))
+        # Later stages find what is left, without gaps and padded to the longest.
+        compact = reduction.plan.then(Plan.select(reduction.plan.mask, reduction.plan.lengths))
+        sizes = tokens.reduce(compact).sizes
+        run.known = Signals({**Signals(known).reduce(compact), Sizes(): sizes})
+        return reduction
+
+    def _rows(
+        self, run: Run, images: Images, start: int, seats: Seats, rotary: Any
+    ) -> dict[Signal, Tensor]:
+        """What the stage at `start` asks of the layers before it."""
+        rows: dict[Signal, Tensor] = {}
+        for signal in self.stages[start].strategy.signals:
+            if not isinstance(signal, QueryAttention):
+                continue
+            of_layers = [
+                attention_to_images(
                     self.llm.layers[layer],
                     run.inputs[layer],
                     rotary,
-                    segment,
+                    run.segment_of(start),
                     images,
-                    index,
+                    seats,
                     run.cache.layers[layer].keys if run.cache is not None else None,
                     every_text_token=isinstance(signal, TextQueryAttention),
                 )
                 for layer in self._layers(signal, start)
             ]
-            answers[signal] = torch.stack(rows, dim=1)
-        return Signals(answers)
+            rows[signal] = torch.stack(of_layers, dim=1)
+        return rows
+
+    def _segment(self, run: Run, start: int, previous: Segment, drop: Tensor | None) -> Segment:
+        """The segment from `start` on, which computes what `previous` does without `drop`."""
+        state = state_of(run.cache, start)
+        if state is None:
+            moved = torch.zeros_like(previous.before.moved)
+            state = Shortened(0, run.segments[0].before.valid, moved, 0)
+        # Where earlier prompts of the cache were shortened, positions have moved by segments.
+        place = previous.place + (previous.before.moved - state.moved)[:, None]
+        placement = self.stages[start].placement
+        assert isinstance(placement, AfterLayer)
+        cached = run.cache is not None
+        slots = Slots(drop, previous.real, place)
+        segment = enter(slots, state, run.past, placement.positions, self.llm, cached)
+        # What earlier segments have left out and moved in this very pass is gone here, too.
+        after = replace(
+            segment.after,
+            offset=segment.after.offset + previous.after.offset - previous.before.offset,
+            moved=segment.after.moved + previous.after.moved - previous.before.moved,
+            tail=min(segment.after.tail, previous.after.tail),
+        )
+        return replace(segment, after=after)
 
 
 class _BeforeLayer(NotCopyable):
@@ -170,19 +211,20 @@ class _BeforeLayer(NotCopyable):
             return args, kwargs
         hidden: Tensor = args[0]
         number = self.number
-        rotary = run.rotary.get(max(run.segments), kwargs["position_embeddings"])
         # Recomputation under gradient checkpointing comes by again, when all is decided.
         if number in self.inside.stages and number not in run.segments:
+            rotary = run.rotary.get(run.start_of(number), kwargs["position_embeddings"])
             self.inside.open_segment(run, number, hidden, rotary)
-        segment = run.segment_of(number)
-        if number in run.segments and number > 0:
+        start = run.start_of(number)
+        segment = run.segments[start]
+        if number == start > 0:
             if number in run.merges:
-                hidden = _merge(hidden, *run.merges[number])
+                seats, plan = run.merges[number]
+                hidden = seats.merge(hidden, plan)
             if segment.layout is not None:
                 hidden = segment.layout.shorten(hidden)
         if number in self.inside.watched:
-            run.inputs[number] = hidden
-        start = max(start for start in run.segments if start <= number)
+            run.inputs[number] = hidden.detach()
         if start > 0:
             if start not in run.rotary:
                 run.rotary[start] = self.inside.llm.rotary_emb(hidden, position_ids=segment.place)
@@ -195,81 +237,24 @@ class _BeforeLayer(NotCopyable):
         return (hidden, *args[1:]), kwargs
 
 
-def _behind(previous: Segment, after: Shortened) -> Shortened:
-    """`after`, and what the segment before has left out and moved in this very pass."""
-    return replace(
-        after,
-        offset=after.offset + previous.after.offset - previous.before.offset,
-        moved=after.moved + previous.after.moved - previous.before.moved,
-        tail=min(after.tail, previous.after.tail),
-    )
+def _keeps_all(plan: Plan, counts: dict[int, tuple[int, ...]]) -> bool:
+    """Whether `plan`, the latest of `counts`, keeps what the stage before has left."""
+    *_, before, after = counts.values()
+    return before == after
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """`(batch, slots, ...)` at `(images, tokens)` indices into `batch * slots`."""
-    rows = x.flatten(0, 1).index_select(0, index.flatten())
-    return rows.reshape(*index.shape, *x.shape[2:])
+def refuse_candidates(model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+    """Hook before a whole model whose stages rank by the text of the prompt.
 
-
-def _dropped(hidden: Tensor, index: Tensor, mask: Tensor, plan: Plan) -> Tensor:
-    """`(batch, slots)` bool: tokens of the images at `index` that are no anchor of `plan`."""
-    batch, slots = hidden.shape[:2]
-    spare = batch * slots
-    drop = torch.zeros(spare + 1, dtype=torch.bool, device=hidden.device)
-    drop[index.masked_fill(~mask, spare).flatten()] = True
-    drop[index.gather(1, plan.anchors).masked_fill(~plan.mask, spare).flatten()] = False
-    return drop[:spare].reshape(batch, slots)
-
-
-def _merge(hidden: Tensor, index: Tensor, mask: Tensor, plan: Plan) -> Tensor:
-    """`hidden` with every anchor replaced by what the plan makes of its group."""
-    spare = hidden.shape[0] * hidden.shape[1]
-    flat = torch.cat([hidden.flatten(0, 1), hidden.new_zeros(1, hidden.shape[2])])
-    target = index.gather(1, plan.anchors).masked_fill(~plan.mask, spare)
-    merged = plan(_take(hidden, index).masked_fill(~mask[:, :, None], 0))
-    flat = flat.index_copy(0, target.flatten(), merged.flatten(0, 1))
-    return flat[:spare].reshape(hidden.shape)
-
-
-def _attention_to_images(
-    layer: nn.Module,
-    hidden: Tensor,
-    rotary: Any,
-    segment: Segment,
-    images: Images,
-    index: Tensor,
-    cached: Tensor | None,
-    every_text_token: bool,
-) -> Tensor:
-    """`(images, heads, tokens)`: attention of the text to each image's tokens.
-
-    Of the last real token of the prompt, or the mean over all text tokens after the image.
+    In the first pass of assisted decoding and prompt lookup, candidates stand behind the prompt,
+    and nothing tells where it ends but how many logits are asked for.
     """
-    slots = hidden.shape[1]
-    real = segment.real
-    if real is None:
-        real = torch.ones_like(segment.place, dtype=torch.bool)
-    numbers = torch.arange(slots, device=hidden.device)
-    last = torch.where(real, numbers, -1).amax(1).clamp(min=0)
-    if every_text_token:
-        behind = (images.number >= 0).cumsum(1) > 0
-        asking = real & behind & (images.number < 0)
-        asking |= numbers == last[:, None]
-        queries = Layout.of(asking)
-        index_of, known = queries.index, queries.valid
-    else:
-        index_of, known = last[:, None], None
-    rows = query_rows(layer, hidden, rotary, index_of, segment.after.valid, cached)
-    row = index[:, 0] // slots
-    weight = torch.ones(index.shape[0], index_of.shape[1], device=hidden.device)
-    if every_text_token:
-        end = (index % slots).amax(1)
-        weight = (index_of[row] > end[:, None]).float()
-        weight = weight if known is None else weight * known[row]
-        # An image that ends its prompt is asked about by the last token alone.
-        alone = weight.sum(1, keepdim=True) == 0
-        weight = torch.where(alone, (index_of == last[:, None])[row].float(), weight)
-        weight = weight / weight.sum(1, keepdim=True)
-    mean = einsum(rows[row], weight, "i heads q keys, i q -> i heads keys")
-    columns = index % slots + rows.shape[-1] - slots
-    return mean.gather(2, columns[:, None, :].expand(-1, mean.shape[1], -1))
+    kept = kwargs.get("logits_to_keep", 0)
+    images = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")
+    generating = kwargs.get("past_key_values") is not None
+    if images and generating and isinstance(kept, int) and kept > 1:
+        raise UnsupportedError(
+            f"logits_to_keep={kept} in a prefill says that {kept - 1} candidates of assisted "
+            "decoding or prompt lookup stand behind the prompt, so its last token cannot be found "
+            "to rank by; decode without them, or rank by cls-attention"
+        )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,27 @@ from tokenprune.errors import UnsupportedError
 from tokenprune.placement import Positions
 from tokenprune.plan import Plan
 from tokenprune.report import Record
+from tokenprune.signals import Signals
 
 from ..carry import carried, carry
 from ..marks import marked
-from .cache import Shortened, check_cache, expect_update, note, state_of, stored_bytes
+from .cache import (
+    Shortened,
+    check_cache,
+    check_starts,
+    expect_update,
+    note,
+    state_of,
+    stored_bytes,
+)
+from .images import Images, Seats
 from .segment import Segment, Slots, enter
 
 RUN = "tokenprune_run"
 """Name of the private argument that takes a `Run` to the layers, which pop it."""
 
 IMAGES = "tokenprune_images"
-"""Name of the private argument that tells which slots are visual; see `inside.Images`."""
+"""Name of the private argument that tells which slots are visual; see `Images`."""
 
 _NEEDED = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
 
@@ -63,27 +73,38 @@ def check_llm(llm: nn.Module) -> None:
 class Run:
     """One forward pass of a language model with something reduced.
 
+    The hook before the model makes it and knows the first segment; stages inside the model add
+    theirs as their layers come.
+
     Attributes:
         cache: the pass's cache, or None.
         past: its logical length before the pass.
-        segments: by the number of their first layer, in order; later ones join as they start.
-        images: which slots of the first segment are visual, where stages inside want to know.
+        segments: by the number of their first layer, in order.
+        images: which slots of the latest segment are visual, where stages inside want to know.
+        known: signals of the vision tower about the tokens that are left of the images.
+        counts: tokens of each image, by the layer from which on they are left; 0 is the input.
         inputs: hidden states that went into a layer, kept for the stage after it.
         rotary: cosine and sine of each segment but the first, by its first layer.
-        merges: what stages inside have merged, by their first layer: slots, mask and plan.
+        merges: what stages have merged, by their layer.
     """
 
     cache: Any
     past: int
     segments: dict[int, Segment]
-    images: Any = None
+    images: Images | None = None
+    known: Signals = field(default_factory=Signals)
+    counts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     inputs: dict[int, Tensor] = field(default_factory=dict)
     rotary: dict[int, Any] = field(default_factory=dict)
-    merges: dict[int, tuple[Tensor, Tensor, Plan]] = field(default_factory=dict)
+    merges: dict[int, tuple[Seats, Plan]] = field(default_factory=dict)
+
+    def start_of(self, layer: int) -> int:
+        """The first layer of the segment that `layer` belongs to, as far as is known."""
+        return max(start for start in self.segments if start <= layer)
 
     def segment_of(self, layer: int) -> Segment:
-        """The segment that `layer` belongs to."""
-        return self.segments[max(start for start in self.segments if start <= layer)]
+        """The segment that `layer` belongs to, as far as is known."""
+        return self.segments[self.start_of(layer)]
 
     def restore(self, x: Tensor, layer: int) -> Tensor:
         """Hidden states of the segment of `layer` back at the caller's slots."""
@@ -124,20 +145,30 @@ class ShortenPrompts(NotCopyable):
     def before(
         self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        images = kwargs.pop(IMAGES, None)
+        images: Images | None = kwargs.pop(IMAGES, None)
         embeds: Tensor | None = kwargs.get("inputs_embeds")
         if embeds is None:
             return None
         cache = kwargs.get("past_key_values")
         drop = marked(embeds)
         past = int(cache.get_seq_length()) if cache is not None else 0
-        real, real_past = _real_columns(kwargs.get("attention_mask"), past, drop)
+        mask = kwargs.get("attention_mask")
+        usable = mask is None or _is_padding_mask(mask, past, drop)
+        real, real_past = _real_columns(mask if usable else None, past, drop)
         seen = drop[:, :0] if images is None else images.number >= 0
         shorten, all_real, some_visual = torch.stack([drop.any(), real.all(), seen.any()]).tolist()
         reduces = bool(self.starts) and some_visual
         if not (shorten or reduces) and state_of(cache) is None:
             return (args, kwargs)
+        if not usable:
+            _refuse_mask(mask, past, drop)
+        if shorten and self.starts and images is None:
+            raise UnsupportedError(
+                "the language model got reduced image features, but not from the attached model, "
+                "so stages after a layer cannot know the images; call the whole model"
+            )
         check_cache(cache)
+        check_starts(cache, self.starts)
 
         fresh = Shortened(0, real_past, drop.new_zeros(embeds.shape[0], dtype=torch.int64), 0)
         known = state_of(cache, 0) or fresh
@@ -145,7 +176,7 @@ class ShortenPrompts(NotCopyable):
         slots = Slots(drop if shorten else None, None if all_real else real, place)
         first = enter(slots, known, past, self.positions, llm, cache is not None)
         run = Run(cache, past, {0: first})
-        if reduces:
+        if reduces and images is not None:
             run.images = images.within(embeds, first.layout)
         else:
             for start in self.starts:
@@ -175,6 +206,9 @@ class ShortenPrompts(NotCopyable):
             note(cache, {start: segment.after for start, segment in run.segments.items()})
             if any(segment.layout is not None for segment in run.segments.values()):
                 self.record.cached(*stored_bytes(cache))
+        if run.counts and run.images is not None:
+            whole = (run.images.tokens,) * len(run.counts[0])
+            self.record.counted(whole, run.counts)
         last = max(run.segments)
         output.last_hidden_state = run.restore(output.last_hidden_state, last)
         if output.hidden_states is not None:
@@ -185,19 +219,24 @@ class ShortenPrompts(NotCopyable):
         return output
 
 
-def _real_columns(mask: Any, past: int, drop: Tensor) -> tuple[Tensor, Tensor | None]:
+def _is_padding_mask(mask: Any, past: int, drop: Tensor) -> bool:
+    columns = (drop.shape[0], past + drop.shape[1])
+    return isinstance(mask, Tensor) and tuple(mask.shape) == columns
+
+
+def _refuse_mask(mask: Any, past: int, drop: Tensor) -> NoReturn:
+    got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    raise UnsupportedError(
+        "attention_mask must have axes (batch tokens) = "
+        f"{(drop.shape[0], past + drop.shape[1])} to shorten a prompt, got {got}; static caches "
+        "and custom 4-D masks are not supported"
+    )
+
+
+def _real_columns(mask: Tensor | None, past: int, drop: Tensor) -> tuple[Tensor, Tensor | None]:
     """Which new and which past columns are real, as bool; None for a past without padding."""
     if mask is None:
         return torch.ones_like(drop), None
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise UnsupportedError(
-            f"attention_mask must be (batch tokens) to shorten a prompt, got {got}; static caches "
-            "and custom 4-D masks are not supported"
-        )
-    expected = (drop.shape[0], past + drop.shape[1])
-    if tuple(mask.shape) != expected:
-        raise UnsupportedError(f"attention_mask must be {expected}, got {tuple(mask.shape)}")
     real = mask.to(device=drop.device, dtype=torch.bool)
     return real[:, past:], real[:, :past] if past else None
 

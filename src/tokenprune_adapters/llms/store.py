@@ -1,4 +1,4 @@
-"""Signals of the vision tower, kept until a stage inside the language model reads them.
+"""What is known of images by their pixels, kept until a stage inside the language model asks.
 
 Between the two, `generate` repeats, regroups and slices the images of a batch. They are found again
 by what they look like: a fingerprint of their projected features.
@@ -8,15 +8,30 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tokenprune.adapter import NotCopyable
-from tokenprune.errors import MissingSignalError
 from tokenprune.signals import Signal, Signals
 
 from .images import feature_prints
+
+
+@dataclass(frozen=True)
+class Ids(Signal):
+    """`VisualTokens.ids`: which picture it is, whatever its features look like."""
+
+    axes: ClassVar[str] = "batch"
+
+
+@dataclass(frozen=True)
+class Sizes(Signal):
+    """`VisualTokens.sizes`, where tokens were merged before."""
+
+    axes: ClassVar[str] = "batch tokens"
 
 
 class SignalStore(NotCopyable):
@@ -43,35 +58,44 @@ class SignalStore(NotCopyable):
             while len(self._known) > max(self.capacity, len(prints)):
                 self._known.popitem(last=False)
 
-    def get(self, prints: Tensor, signals: frozenset[Signal], tokens: int) -> dict[Signal, Tensor]:
-        """The answers to `signals` of these images, padded to `tokens`.
-
-        Raises:
-            MissingSignalError: an image's features did not come from the attached tower.
-        """
+    def get(self, prints: Tensor) -> Signals:
+        """What is known of all these images; nothing if one of them did not come by here."""
         with self._lock:
             found = [self._known.get(each) for each in prints.tolist()]
-        if signals and not all(found):
-            raise MissingSignalError(
-                f"{', '.join(map(repr, signals))} of an image is not known: its features did not "
-                "come from the attached vision tower; pass pixel_values, not features of your own"
-            )
-        return {
-            signal: torch.stack(
-                [_pad(known[signal], signal.axes, tokens) for known in found if known]
-            ).to(prints.device)
-            for signal in signals
-        }
+        known = [each for each in found if each is not None]
+        if not known or len(known) < len(found):
+            return Signals()
+        return Signals(
+            {
+                signal: _stack([each[signal] for each in known], signal.axes).to(prints.device)
+                for signal in known[0]
+                if all(signal in each for each in known)
+            }
+        )
 
 
-def _pad(answer: Tensor, axes: str, tokens: int) -> Tensor:
-    """One image's answer with its axis of tokens padded by zeros."""
+def _stack(answers: list[Tensor], axes: str) -> Tensor:
+    """One tensor of the images' answers, their axes of tokens padded by zeros."""
     names = axes.split()[1:]
-    if "tokens" not in names:
-        return answer
-    axis = names.index("tokens")
+    if "tokens" in names:
+        axis = names.index("tokens")
+        most = max(answer.shape[axis] for answer in answers)
+        answers = [_padded(answer, axis, most) for answer in answers]
+    return torch.stack(answers)
+
+
+def _padded(answer: Tensor, axis: int, tokens: int) -> Tensor:
     shape = list(answer.shape)
     shape[axis] = tokens - shape[axis]
-    if shape[axis] <= 0:
-        return answer.narrow(axis, 0, tokens)
     return torch.cat([answer, answer.new_zeros(shape)], dim=axis)
+
+
+def fitted(signals: Signals, tokens: int) -> Signals:
+    """`signals` with an axis of `tokens`: what is cut off is padding in every image."""
+    cut = {}
+    for signal, answer in signals.items():
+        names = signal.axes.split()
+        if "tokens" in names:
+            answer = answer.narrow(names.index("tokens"), 0, tokens)
+        cut[signal] = answer
+    return Signals(cut)

@@ -18,12 +18,12 @@ from tokenprune.spec import spec_of
 from tokenprune.strategy import Stage
 
 from ..llms.images import Images
-from ..llms.inside import ReduceInside
+from ..llms.inside import ReduceInside, refuse_candidates
 from ..llms.shorten import IMAGES, ShortenPrompts, check_llm
 from ..llms.store import SignalStore
 from ..marks import marked
 from ..projection import ReduceBeforeProjector
-from ..versions import check_transformers, expanded_images_guard
+from ..versions import check_transformers, expanded_images_guard, lost_images_guard
 
 
 class LlavaAdapter(ModelAdapter):
@@ -67,7 +67,7 @@ class LlavaAdapter(ModelAdapter):
             if not isinstance(signal, (LastQueryAttention, TextQueryAttention))
         }
         store = SignalStore(core.get_input_embeddings().weight.dtype)
-        if before is not None or of_tower:
+        if before is not None or inside:
             observation = Observation()
             wanted = of_tower | (before.strategy.signals if before is not None else set())
             yield from _tower_adapter(tower).install(
@@ -77,8 +77,9 @@ class LlavaAdapter(ModelAdapter):
                 before.strategy if before is not None else None,
                 observation,
                 record,
-                store if of_tower else None,
+                store if inside else None,
             ).install(core.multi_modal_projector)
+        if before is not None:
             yield core.register_forward_hook(_hide_marks)
         if inside:
             yield core.register_forward_pre_hook(_FindImages(core).before, with_kwargs=True)
@@ -89,8 +90,12 @@ class LlavaAdapter(ModelAdapter):
         to_layers = bool(inside) or positions == "original"
         yield from ShortenPrompts(positions, record, tuple(inside), to_layers).install(llm)
         if to_layers:
-            yield from ReduceInside(llm, inside, store, record).install()
+            hooks = ReduceInside(llm, inside, store, record)
+            yield from hooks.install()
+            if hooks.watched:
+                yield model.register_forward_pre_hook(refuse_candidates, with_kwargs=True)
         yield from expanded_images_guard(core)
+        yield from lost_images_guard(core)
 
 
 class _FindImages(NotCopyable):
@@ -109,7 +114,14 @@ class _FindImages(NotCopyable):
                 "reduction after a layer finds visual tokens by their placeholders in input_ids; "
                 "pass input_ids instead of inputs_embeds"
             )
-        if kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs") is not None:
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        # A chunk of a prompt comes with nothing but the features that it holds.
+        if encoded is not None and getattr(encoded, "last_hidden_state", None) is None:
+            raise UnsupportedError(
+                "a stage after a layer needs to see the prompt as a whole; chunked prefill cannot "
+                "be combined with it, drop prefill_chunk_size"
+            )
+        if kwargs.get("pixel_values") is not None or encoded is not None:
             kwargs[IMAGES] = Images.of(ids == core.config.image_token_id, self.tokens)
         return args, kwargs
 
