@@ -9,7 +9,7 @@ towards one row of one zero token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from einops import rearrange
@@ -26,22 +26,28 @@ from .inputs import Inputs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Drawn: TypeAlias = SearchStrategy[Tensor]
+T = TypeVar("T")
 SignalStrategy: TypeAlias = Callable[[Signal, VisualTokens], Drawn]
 
-_PALETTE = st.sampled_from((0.0, 1.0, -1.0, 2.0, 0.5, -3.0, 5.0, -0.25))
+_PALETTE = (0.0, 1.0, -1.0, 2.0, 0.5, -3.0, 5.0, -0.25)
 # Powers of two keep ties, and exponents that a sum of squares in float32 survives.
 _SCALES = {torch.float16: (1.0, 2.0**10, 2.0**-10)}
 _SCALES_FLOAT32 = (1.0, 2.0**40, 2.0**-40)
 _JUNK = st.sampled_from((0.0, 1e4, torch.nan, torch.inf, -torch.inf))
 
 
+def _choices(count: int, options: Sequence[T]) -> SearchStrategy[list[T]]:
+    """`count` of `options`. Bytes are much faster than lists, and shrink as well."""
+    chosen = st.binary(min_size=count, max_size=count)
+    return chosen.map(lambda drawn: [options[byte % len(options)] for byte in drawn])
+
+
 @st.composite
 def values(draw: DrawFn, rows: int, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """`(rows, channels)` with duplicates, zeros, and now and then extreme magnitudes."""
-    vector = st.lists(_PALETTE, min_size=channels, max_size=channels)
-    palette = [[0.0] * channels, *draw(st.lists(vector, max_size=4))]
-    which = st.integers(0, len(palette) - 1)
-    x = torch.tensor(palette)[draw(st.lists(which, min_size=rows, max_size=rows))]
+    vectors = draw(_choices(draw(st.integers(1, 4)) * channels, _PALETTE))
+    palette = torch.tensor([*[0.0] * channels, *vectors]).reshape(-1, channels)
+    x = palette[draw(_choices(rows, range(len(palette))))]
     if draw(st.booleans()):  # no two alike
         generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
         x = x + torch.randn(rows, channels, generator=generator)
@@ -78,8 +84,7 @@ def visual_tokens(
     """
     batch = draw(st.integers(min_batch, max_batch))
     if padding:
-        count = st.integers(1, max_tokens)
-        lengths = draw(st.lists(count, min_size=batch, max_size=batch))
+        lengths = draw(_choices(batch, range(1, max_tokens + 1)))
         width = max(lengths) + draw(st.integers(0, 2))
         side = draw(st.sampled_from(("right", "left", "between")))
     else:
@@ -87,11 +92,10 @@ def visual_tokens(
         lengths, side = [width] * batch, "right"
     mask = torch.zeros(batch, width, dtype=torch.bool)
     for row, length in enumerate(lengths):
-        slots = range(length) if side == "right" else range(width - length, width)
+        place = list(range(width)) if side == "right" else list(range(width))[::-1]
         if side == "between":
-            slot = st.integers(0, width - 1)
-            slots = draw(st.lists(slot, min_size=length, max_size=length, unique=True))  # type: ignore[assignment]
-        mask[row, list(slots)] = True
+            place = draw(_choices(width, range(256)))
+        mask[row, sorted(range(width), key=place.__getitem__)[:length]] = True
 
     channels = draw(st.integers(1, 4))
     features = draw(values(batch * width, channels, draw(st.sampled_from(list(dtypes)))))
@@ -103,29 +107,25 @@ def visual_tokens(
         features,
         mask=mask,
         positions=((mask.cumsum(1) - 1).clamp(min=0) * gaps + first).masked_fill(~mask, 0),
-        sizes=draw(_marks(batch, width, st.sampled_from((1.0, 1.0, 2.0, 7.0)), 1.0))
-        if sizes and draw(st.booleans())
+        sizes=_marks(draw, mask, (1.0, 1.0, 2.0, 7.0))
+        if sizes and draw(st.integers(0, 2))
         else None,
-        protected=draw(_marks(batch, width, st.sampled_from((False, False, False, True)), False))
-        if protected and draw(st.integers(0, 2)) == 2
+        protected=_marks(draw, mask, (False, False, True))
+        if protected and draw(st.booleans())
         else None,
-        ids=torch.tensor(draw(st.lists(st.integers(0, 3), min_size=batch, max_size=batch))),
+        ids=torch.tensor(draw(_choices(batch, range(4)))),
     )
 
 
-@st.composite
-def _marks(
-    draw: DrawFn, batch: int, width: int, each: SearchStrategy[float], neutral: float
-) -> Tensor:
-    drawn = draw(st.lists(each, min_size=batch * width, max_size=batch * width))
-    made = torch.tensor(drawn, dtype=torch.bool if isinstance(neutral, bool) else torch.float32)
-    return made.reshape(batch, width)
+def _marks(draw: DrawFn, mask: Tensor, options: Sequence[float]) -> Tensor:
+    return torch.tensor(draw(_choices(mask.numel(), options))).reshape(mask.shape)
 
 
 def budgets(max_tokens: int = 11) -> SearchStrategy[int | float]:
     """What may be given as `keep`: counts from 1, also above any row, and fractions up to 1.0."""
     fractions = st.sampled_from((0.1, 0.25, 1 / 3, 0.5, 0.75, 0.9, 1.0))
-    return st.one_of(st.integers(1, max_tokens), fractions)
+    few = st.integers(1, min(4, max_tokens))
+    return st.one_of(few, fractions, st.integers(1, max_tokens))
 
 
 @st.composite
@@ -140,8 +140,7 @@ def scores_for(draw: DrawFn, tokens: VisualTokens, *, infinite: bool = False) ->
     batch, width = tokens.mask.shape
     scores = draw(values(batch * width, 1)).reshape(batch, width)
     if infinite and draw(st.booleans()):
-        extreme = st.sampled_from((0.0, 0.0, torch.inf, -torch.inf))
-        scores = scores + draw(_marks(batch, width, extreme, 0.0))
+        scores = scores + _marks(draw, tokens.mask, (0.0, 0.0, torch.inf, -torch.inf))
     return scores.masked_fill(~tokens.mask, draw(_JUNK))
 
 
@@ -154,10 +153,8 @@ def plans(draw: DrawFn, tokens: VisualTokens | None = None) -> Plan:
         tokens: what the plan is for; drawn where it is None.
     """
     tokens = draw(visual_tokens()) if tokens is None else tokens
-    mask, (batch, width) = tokens.mask, tuple(tokens.mask.shape)
-    number = st.integers(-1, 3)
-    groups = torch.tensor(draw(st.lists(number, min_size=batch * width, max_size=batch * width)))
-    groups = groups.reshape(batch, width)
+    mask, width = tokens.mask, tokens.mask.shape[1]
+    groups = _marks(draw, mask, range(-1, 4))
     # Every row keeps something: its first real token joins a group.
     groups.scatter_(1, mask.to(torch.uint8).argmax(1, keepdim=True), 0)
     groups = groups.masked_fill(~mask, -1).clamp(max=width - 1)

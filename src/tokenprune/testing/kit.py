@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 import pytest
 
 from ..errors import SpecError
-from . import models, plans, scorers, towers
+from . import models, reducers, scorers, towers
 from .cases import Case, Subject, as_case
 from .promises import CHECKS, OPTIONAL, Check
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-SECTIONS = (scorers, plans, towers, models)
+SECTIONS = (scorers, reducers, towers, models)
 """The modules that hold the checks, in the order of the contract."""
 
 

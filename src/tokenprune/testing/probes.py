@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
 import torch
@@ -67,21 +67,25 @@ class SomebodyElses(Signal):
     axes: ClassVar[str] = "batch tokens"
 
 
-def only_declared(
-    name: str,
-    declared: frozenset[Signal],
-    inputs: Inputs,
-    call: Callable[[Signals], T],
-    same: Callable[[T, T], bool],
+def reads_only(
+    name: str, declared: frozenset[Signal], inputs: Inputs, call: Callable[[Inputs], object]
 ) -> None:
-    """See that `call` reads no more than `declared`, and what happens if there is more to read."""
+    """See that `call` reads no signals but `declared`."""
     spy = Spy(inputs.signals)
     try:
-        expected = call(spy)
+        call(replace(inputs.copy(), signals=spy))
     except MissingSignalError as error:
         raise AssertionError(f"{name} reads what it does not declare: {error}") from error
     more = spy.read - declared
     require(not more, f"{name} reads what it does not declare: {', '.join(map(repr, more))}")
+
+
+def ignores_others(
+    name: str, inputs: Inputs, call: Callable[[Inputs], T], same: Callable[[T, T], bool]
+) -> None:
+    """See that `call` gives the same when there are signals that another step asked for."""
     other: dict[Signal, Tensor] = {SomebodyElses(): torch.full(inputs.tokens.mask.shape, 1e3)}
-    got = call(Signals({**other, **inputs.signals}))
-    require(same(got, expected), f"{name} depends on signals that another step asked for")
+    more = replace(inputs, signals=Signals({**other, **inputs.signals}))
+    require(
+        same(call(more), call(inputs)), f"{name} depends on signals that another step asked for"
+    )

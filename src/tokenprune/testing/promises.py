@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
 from .cases import Case, ModelCase, ReducerCase, ScorerCase, TowerCase
@@ -76,9 +76,12 @@ def for_all(strategy: SearchStrategy[T]) -> Callable[[Callable[[T], None]], None
     """
 
     def run(holds: Callable[[T], None]) -> None:
+        # Explanations point at lines of this kit, and cost more than all the rest.
+        phases = [phase for phase in settings().phases if phase != Phase.explain]
         chosen = settings(
             deadline=None,
             report_multiple_bugs=False,
+            phases=phases,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
         )
         chosen(given(strategy)(holds))()

@@ -12,7 +12,7 @@ from ..plan import Plan
 from .cases import ReducerCase
 from .generators import budgets, inputs_for
 from .inputs import Inputs, same_bits
-from .probes import on_devices, only_declared, seeded, untouched
+from .probes import ignores_others, on_devices, reads_only, seeded, untouched
 from .promises import for_all, promise, require
 
 
@@ -115,15 +115,13 @@ def check_p4_protected_tokens_survive_alone(case: ReducerCase) -> None:
         for row in inputs.rows:
             special = (inputs.tokens.protected[row] & inputs.tokens.mask[row]).nonzero().flatten()
             kept, weights = _kept(plan, row), _weights(plan, row)
-            lost = sorted(set(special.tolist()) - set(kept.tolist()))
-            require(not lost, f"{case.name}: row {row} lost the protected tokens {lost}")
             for slot in special.tolist():
-                used = weights[:, slot].nonzero().flatten()
-                place = (kept == slot).nonzero().flatten()
-                alone = bool(
-                    torch.equal(used, place) and int((weights[int(place)] != 0).sum()) == 1
-                )
-                require(alone, f"{case.name}: row {row} merged the protected token {slot}")
+                where = f"{case.name}: row {row}"
+                users = weights[:, slot].nonzero().flatten().tolist()
+                require(bool(users), f"{where} lost the protected token {slot}")
+                alone = len(users) == 1 and int((weights[users[0]] != 0).sum()) == 1
+                own = alone and int(kept[users[0]]) == slot
+                require(own, f"{where} merged the protected token {slot}")
 
 
 @promise(ReducerCase)
@@ -153,7 +151,10 @@ def check_p5_keeping_everything_is_identity(case: ReducerCase) -> None:
 
 @promise(ReducerCase)
 def check_p6_merging_conserves_sizes(case: ReducerCase) -> None:
-    """A merge counts every token once: sizes add up, and so do sizes times features."""
+    """A merge counts every token once: sizes add up, and so do sizes times features.
+
+    Where protected tokens fill the budget, there is nothing into which the others could merge.
+    """
 
     @for_all(_calls(case))
     def holds(call: tuple[Inputs, int | float]) -> None:
@@ -165,6 +166,8 @@ def check_p6_merging_conserves_sizes(case: ReducerCase) -> None:
         mass = plan(tokens.features.float()).double() * sizes[:, :, None]
         for row in inputs.rows:
             real = inputs.real(row)
+            if bool(tokens.protected[row, _kept(plan, row)].all()):
+                continue  # the protected tokens fill the budget: there is nothing to merge into
             got, expected = float(sizes[row].sum()), float(tokens.sizes[row, real].sum())
             require(
                 abs(got - expected) <= 1e-4 * expected,
@@ -345,19 +348,18 @@ def check_p14_inputs_are_untouched(case: ReducerCase) -> None:
     @for_all(_calls(case))
     def holds(call: tuple[Inputs, int | float]) -> None:
         inputs, keep = call
-        untouched(case.name, inputs, lambda given: case.plan(given, keep))
+
+        def decide(given: Inputs) -> Plan:
+            return case.plan(given, keep)
+
+        reads_only(case.name, case.reducer.signals, inputs, decide)
+        untouched(case.name, inputs, decide)
         for there in on_devices(inputs):
             plan, expected = case.plan(there, keep), there.tokens.features.device
             parts = [plan.anchors, plan.mask, *([] if plan.weights is None else [plan.weights])]
             got = {part.device for part in parts}
             require(got == {expected}, f"{case.name} moved a plan from {expected} to {got}")
-        only_declared(
-            case.name,
-            case.reducer.signals,
-            inputs,
-            lambda signals: case.plan(Inputs(inputs.tokens, signals, inputs.scores), keep),
-            _same,
-        )
+        ignores_others(case.name, inputs, decide, _same)
 
 
 def _same(a: Plan, b: Plan) -> bool:
