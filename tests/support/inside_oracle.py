@@ -95,7 +95,6 @@ class Recompute:
         self.alive: list[int] = []  # slots that are left at the end, of the latest reading
         self.extend(row.parts)
 
-    @torch.no_grad()
     def extend(self, parts: list[int | Tensor]) -> None:
         """More of the prompt: a further turn."""
         core = self.model.model
@@ -247,7 +246,15 @@ def follow(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Like `greedy`, with the next words of all rows chosen from `(rows, vocabulary)` logits."""
-    rows = [Recompute(model, row, cuts, **options) for row in batch]
+    return say([Recompute(model, row, cuts, **options) for row in batch], steps, choose)
+
+
+def say(
+    rows: list[Recompute],
+    steps: int,
+    choose: Callable[[Tensor], Tensor] = lambda logits: logits.argmax(-1),
+) -> tuple[Tensor, Tensor]:
+    """`(rows, steps)` text and `(rows, steps, vocabulary)` logits after what was read so far."""
     text: list[list[int]] = [[] for _ in rows]
     logits = []
     for _ in range(steps):

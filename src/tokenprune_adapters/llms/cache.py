@@ -116,6 +116,11 @@ def state_of(cache: Cache | None, number: int | None = None) -> Shortened | None
 
 def check_cache(cache: Cache | None) -> None:
     """Refuse caches whose layers cannot be shortened."""
+    if getattr(cache, "offloading", False):
+        raise UnsupportedError(
+            "an offloaded cache cannot hold a shortened prompt: its layers move between devices "
+            "on their own; use a DynamicCache without offloading"
+        )
     for layer in cache.layers if cache is not None else ():
         if type(layer) not in (DynamicLayer, ShortenedLayer):
             raise UnsupportedError(
@@ -151,14 +156,19 @@ def expect_update(cache: Cache | None) -> None:
 def note(cache: Cache, states: dict[int, Shortened]) -> None:
     """Put states on the layers of `cache`, each from the layer with its number on.
 
-    Layers that nothing was ever taken from stay as they are.
+    Where nothing was ever taken from any layer, all stay as they are. Otherwise also layers that
+    hold every slot get one, so that a pass or a crop that cannot be done is refused at the first
+    layer, not half-way.
     """
+    if not any(state.offset for state in states.values()):
+        return
+    tail = min(state.tail for state in states.values())
     state = states[0]
     for number, layer in enumerate(cache.layers):
-        state = states.get(number, state)
+        state = replace(states.get(number, state), tail=tail)
         if isinstance(layer, ShortenedLayer):
             layer.state = state
-        elif state.offset:
+        else:
             cache.layers[number] = ShortenedLayer.of(layer, state)
 
 
