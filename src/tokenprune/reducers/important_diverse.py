@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import ClassVar
@@ -41,6 +41,10 @@ class ImportantDiverse(Budgeted, Reducer):
     """
 
     needs_scores: ClassVar[bool] = True
+    exempt: ClassVar[Mapping[str, str]] = {
+        "P8": "a part of the budget is for diversity, whatever the scores",
+        "P12": "each budget thins out the rest anew",
+    }
 
     important: float = 0.5
     step: int = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -16,6 +16,7 @@ from ..placement import BeforeLLM, Placement
 from ..plan import Plan
 from ..scorers import RandomScorer
 from ..signals import Signal
+from ..spec import spec_of
 from ..strategy import Reducer, Scorer
 from .inputs import Inputs
 
@@ -72,8 +73,8 @@ class ReducerCase:
 
     @property
     def budgeted(self) -> bool:
-        """Whether there is a budget to vary."""
-        return any(f.name == "keep" for f in dataclasses.fields(self.reducer))  # type: ignore[arg-type]
+        """Whether there is a budget to vary; `keep=None` lets the picture decide."""
+        return getattr(self.reducer, "keep", None) is not None
 
     def keeping(self, keep: int | float) -> Reducer:
         """The reducer with this budget, or as it is where it has none."""
@@ -218,36 +219,42 @@ Case: TypeAlias = ScorerCase | ReducerCase | TowerCase | ModelCase
 Subject: TypeAlias = Case | Scorer | Reducer | type[Scorer] | type[Reducer]
 
 
-def as_case(subject: Subject) -> Case:
-    """The case that `subject` is, or describes: instances and classes of steps are wrapped."""
+def cases_of(subject: Subject) -> Iterator[Case]:
+    """The cases that `subject` is, or describes: instances and classes of steps are wrapped.
+
+    A class is made with its defaults, and with `keep=4` where `keep` has none or is None.
+
+    Raises:
+        SpecError: a class that needs other arguments, or nothing that can be checked.
+    """
     if isinstance(subject, (ScorerCase, ReducerCase, TowerCase, ModelCase)):
-        return subject
-    step = default(subject) if isinstance(subject, type) else subject
+        yield subject
+    elif isinstance(subject, type):
+        yield from (_wrapped(step) for step in _made(subject))
+    else:
+        yield _wrapped(subject)
+
+
+def _wrapped(step: object) -> Case:
     if isinstance(step, Scorer):
         return ScorerCase(step)
     if isinstance(step, Reducer):
         return ReducerCase(step)
     raise SpecError(
-        f"checks are for scorers, reducers, TowerCase and ModelCase objects, got {subject!r}"
+        f"checks are for scorers, reducers, TowerCase and ModelCase objects, got {step!r}"
     )
 
 
-def default(factory: type[Scorer] | type[Reducer]) -> Scorer | Reducer:
-    """`factory` with its defaults; a field `keep` without one gets 4.
-
-    Raises:
-        SpecError: it needs other arguments; give the checks an instance.
-    """
-    fields: tuple[dataclasses.Field[Any], ...] = (
-        dataclasses.fields(factory) if dataclasses.is_dataclass(factory) else ()
-    )
-    needed = [
-        f.name
-        for f in fields
-        if f.init and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
+def _made(factory: type) -> Iterator[object]:
+    fields: dict[str, object] = {}
+    if dataclasses.is_dataclass(factory):
+        fields = {field.name: field.default for field in dataclasses.fields(factory)}
+    keep = fields.get("keep", 0)
     try:
-        return factory(**{name: 4 for name in needed if name == "keep"})
+        if keep is not dataclasses.MISSING:
+            yield factory()
+        if keep is dataclasses.MISSING or keep is None:
+            yield factory(keep=4)
     except (TypeError, TokenpruneError) as error:
         raise SpecError(
             f"{factory.__name__} cannot be made with default arguments ({error}); give the checks "
@@ -255,6 +262,8 @@ def default(factory: type[Scorer] | type[Reducer]) -> Scorer | Reducer:
         ) from error
 
 
-def _called(step: object) -> str:
-    shown = repr(step)
-    return shown if len(shown) < 60 else type(step).__name__
+def _called(step: Scorer | Reducer) -> str:
+    try:
+        return spec_of(step)
+    except SpecError:  # of no installed plugin
+        return type(step).__name__

@@ -18,7 +18,16 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
 
 from ..plan import Plan
-from ..signals import ClsAttention, LastQueryAttention, Signal, Signals
+from ..signals import (
+    ClsAttention,
+    GivenAttention,
+    LastQueryAttention,
+    PoolAttention,
+    ReceivedAttention,
+    Signal,
+    Signals,
+    TextQueryAttention,
+)
 from ..strategy import Reducer, Scorer, Strategy
 from ..tokens import VisualTokens
 from .inputs import Inputs
@@ -215,11 +224,19 @@ def _size(draw: DrawFn, name: str, signal: Signal, tokens: VisualTokens) -> int:
         return asked
     if isinstance(asked, (tuple, list)):
         return len(asked)
-    return draw(st.integers(1, 3))
+    # Axes of one name are as long in all signals that a step reads together.
+    return draw(st.shared(st.integers(1, 3), key=f"tokenprune axis {name}"))
 
 
-register_signal(ClsAttention, attention_rows)
-register_signal(LastQueryAttention, attention_rows)
+for _kind in (
+    ClsAttention,
+    GivenAttention,
+    LastQueryAttention,
+    PoolAttention,
+    ReceivedAttention,
+    TextQueryAttention,
+):
+    register_signal(_kind, attention_rows)
 
 
 @st.composite

@@ -9,7 +9,7 @@ import pytest
 
 from ..errors import SpecError
 from . import models, reducers, scorers, towers
-from .cases import Case, Subject, as_case
+from .cases import Case, Subject, cases_of
 from .promises import CHECKS, OPTIONAL, Check
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -18,9 +18,8 @@ SECTIONS = (scorers, reducers, towers, models)
 """The modules that hold the checks, in the order of the contract."""
 
 
-def checks_for(subject: Subject) -> Iterator[Check]:
-    """The checks that apply to `subject`, opt-outs included."""
-    case = as_case(subject)
+def checks_for(case: Case) -> Iterator[Check]:
+    """The checks that apply to `case`, opt-outs included."""
     return (check for check in CHECKS.values() if isinstance(case, check.subject))
 
 
@@ -30,12 +29,14 @@ def run_check(number: str, subject: Subject) -> None:
     Raises:
         AssertionError: it is broken.
     """
-    CHECKS[number](as_case(subject))
+    for case in cases_of(subject):
+        CHECKS[number](case)
 
 
 def parameters(subjects: Iterable[Subject]) -> list[Any]:
     """A `pytest.param(case, check)` for every check of every subject, with its marks."""
-    return [_parameter(case, check) for case in map(as_case, subjects) for check in _known(case)]
+    cases = [case for subject in subjects for case in cases_of(subject)]
+    return [_parameter(case, check) for case in cases for check in _known(case)]
 
 
 def parametrize_with_checks(subjects: Iterable[Subject]) -> Callable[[F], F]:

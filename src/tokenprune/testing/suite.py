@@ -19,7 +19,7 @@ from tokenprune.testing.cases import (
     ScorerCase,
     Subject,
     TowerCase,
-    as_case,
+    cases_of,
 )
 from tokenprune.testing.kit import parameters
 from tokenprune.testing.promises import Check
@@ -101,7 +101,7 @@ def _cases(distribution: str) -> tuple[Case, ...]:
         if entry.dist is not None and _normal(entry.dist.name) == _normal(distribution)
     ]
     offered: Iterable[Subject] = (each for entry in found for each in entry.load()())
-    return tuple(map(as_case, offered))
+    return tuple(case for subject in offered for case in cases_of(subject))
 
 
 def _adapters(distribution: str) -> list[str]:
