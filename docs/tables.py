@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from tokenprune.cli.catalogue import markdown
+from tokenprune.cli.catalogue import differences, markdown
 from tokenprune.plugins import Registry, registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "reference" / "strategies.md")
-BEGIN, END = "<!-- strategies: written by `make tables` -->", "<!-- end of strategies -->"
+STRATEGIES = "<!-- strategies: written by `make tables` -->", "<!-- end of strategies -->"
+DIFFERENCES = "<!-- differences: written by `make tables` -->", "<!-- end of differences -->"
 OURS = ("tokenprune", "tokenprune-vlm")
 
 
@@ -29,11 +30,18 @@ def own(known: Registry) -> Registry:
 
 def with_tables(text: str) -> str:
     """`text` with the tables of today between its markers."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"no place for the tables: {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n\n{markdown(own(registry()))}\n\n{END}{after}"
+    text = _filled(text, *STRATEGIES, markdown(own(registry())))
+    if DIFFERENCES[0] in text:
+        text = _filled(text, *DIFFERENCES, differences(own(registry())))
+    return text
+
+
+def _filled(text: str, begin: str, end: str, table: str) -> str:
+    before, found, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise ValueError(f"no place for the tables: {begin} ... {end}")
+    return f"{before}{begin}\n\n{table}\n\n{end}{after}"
 
 
 if __name__ == "__main__":

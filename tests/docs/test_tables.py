@@ -38,6 +38,14 @@ def test_every_strategy_of_ours_is_in_them(tables: ModuleType) -> None:
             assert f"| `{offer.plugin.name}` |" in text
 
 
+def test_every_known_difference_is_in_the_reference(tables: ModuleType) -> None:
+    text = (ROOT / "docs" / "reference" / "strategies.md").read_text()
+    told = [o.plugin for o in tables.own(registry()).recipes if o.plugin.differs]
+    assert told
+    for plugin in told:
+        assert f"| `{plugin.name}` | {plugin.differs} |" in text.replace(r"\|", "|")
+
+
 def test_other_packages_are_not(tables: ModuleType) -> None:
     known = tables.own(registry())
     plugin = known.scorers[0].plugin

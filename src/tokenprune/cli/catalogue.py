@@ -81,6 +81,13 @@ def markdown(known: Registry) -> str:
     return "\n".join([*steps, "", *recipes])
 
 
+def differences(known: Registry) -> str:
+    """Where recipes knowingly differ from released code, as a Markdown table."""
+    rows = ["| recipe | differs from the released code |", "|---|---|"]
+    plugins = [offer.plugin for offer in known.recipes if offer.plugin.differs]
+    return "\n".join([*rows, *(f"| `{p.name}` | {_cell(p.differs)} |" for p in plugins)])
+
+
 def _cell(text: str) -> str:
     """Bars would end the cell."""
     return text.replace("|", "\\|")
