@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..recipes import RECIPES
+from ..recipes_inside import RECIPES_INSIDE
 from ..reducers import (
     Diverse,
     DominantContextual,
@@ -136,3 +137,4 @@ def tokenprune_reducers() -> Iterable[ReducerPlugin]:
 def tokenprune_recipes() -> Iterable[RecipePlugin]:
     """Built-in recipes."""
     yield from RECIPES
+    yield from RECIPES_INSIDE
