@@ -101,7 +101,8 @@ def _check_same(features: Tensor, seen: Tensor) -> None:
     if features.shape[:2] != seen.shape[:2]:
         raise UnsupportedError(
             f"the projector gets {features.shape[1]} tokens per image where the tower has "
-            f"{seen.shape[1]} patches; only vision_feature_select_strategy='default' is supported"
+            f"{seen.shape[1]} patches; the configured vision_feature_select_strategy cannot be "
+            "changed in a call"
         )
     if features.shape[2] != seen.shape[2]:
         return  # several layers, concatenated; scores end at the last of them

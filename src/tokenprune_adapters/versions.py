@@ -37,23 +37,50 @@ def expanded_images_guard(core: nn.Module) -> Iterator[Removable]:
         yield core.register_forward_pre_hook(_refuse_expanded_images, with_kwargs=True)
 
 
-def _refuse_expanded_images(core: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+def _refuse_expanded_images(core: Any, args: object, kwargs: dict[str, Any]) -> None:
     ids, images = kwargs.get("input_ids"), _images(kwargs)
-    if ids is None or images is None or ids.shape[0] < 2 or images.shape[0] % ids.shape[0]:
+    if ids is None or images is None or ids.shape[0] < 2:
         return
-    prints = fingerprint(images).reshape(ids.shape[0], -1)
-    if prints.shape[1] < 2:
-        return
-    prints = prints.to(ids.device)
-    twin_prompts = (ids[1:] == ids[:-1]).all(1)
-    repeated = (prints == prints[:, :1]).all(1)
-    other_images = prints[1:, 0] != prints[:-1, 0]
-    if bool((twin_prompts & repeated[1:] & repeated[:-1] & other_images).any()):
-        raise UnsupportedError(
-            f"transformers {transformers.__version__} mixes up the images of a prompt with several "
-            "when it expands a batch for beams or num_return_sequences; install "
-            "transformers>=5.19"
-        )
+    prints = fingerprint(images).tolist()
+    placeholders = (ids == core.config.image_token_id).sum(1).tolist()
+    per_image = sum(placeholders) // len(prints)
+    if per_image == 0:
+        return  # too many images: the model itself complains
+    same_as_next = (ids[1:] == ids[:-1]).all(1).tolist()
+    first = 0
+    for row, same in enumerate([*same_as_next, False]):
+        if same:
+            continue
+        of_each = placeholders[row] // per_image
+        group = prints[: (row + 1 - first) * of_each]
+        prints, first = prints[len(group) :], row + 1
+        if of_each > 1 and _mixed_up(group, of_each):
+            raise UnsupportedError(
+                f"transformers {transformers.__version__} mixes up the images of a prompt with "
+                "several when it expands a batch for beams or num_return_sequences; install "
+                "transformers>=5.19"
+            )
+
+
+def _mixed_up(prints: list[int], of_each: int) -> bool:
+    """Whether equal prompts with `of_each` images got every image several times in a row.
+
+    >>> _mixed_up([1, 1, 1, 2, 2, 2], of_each=2), _mixed_up([1, 2, 1, 2, 1, 2], of_each=2)
+    (True, False)
+    """
+    rows = len(prints) // of_each
+    for copies in (number for number in range(2, rows + 1) if rows % number == 0):
+        one_by_one = [image for image in prints[::copies] for _ in range(copies)]
+        sources = range(0, len(prints), copies * of_each)
+        by_prompt = [
+            image
+            for start in sources
+            for _ in range(copies)
+            for image in prints[start : start + copies * of_each : copies]
+        ]
+        if prints == one_by_one != by_prompt:
+            return True
+    return False
 
 
 def lost_images_guard(core: nn.Module) -> Iterator[Removable]:

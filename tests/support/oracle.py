@@ -7,13 +7,15 @@ imported here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from .llava import PAD, Row
+
+Keep: TypeAlias = int | Sequence[int | list[int]]
 
 
 @torch.no_grad()
@@ -32,9 +34,27 @@ def eager_rows(model: LlavaForConditionalGeneration, images: Tensor) -> Tensor:
 def eager_scores(
     model: LlavaForConditionalGeneration, images: Tensor, layers: int = 3, ensemble: str = "avg"
 ) -> Tensor:
-    """`(images, patches)` VTC-CLS scores: head mean, then over the `layers` before the last."""
-    per_layer = eager_rows(model, images).mean(2)[:, -1 - layers : -1]
+    """`(images, patches)` VTC-CLS scores: head mean, over the `layers` that end at the features."""
+    rows = eager_rows(model, images).mean(2)
+    last = feature_layers(model)[-1]
+    # Hidden state number n comes out of block n - 1.
+    per_layer = rows[:, last - layers : last]
     return {"avg": per_layer.mean(1), "max": per_layer.amax(1), "min": per_layer.amin(1)}[ensemble]
+
+
+def feature_layers(model: LlavaForConditionalGeneration) -> list[int]:
+    """Absolute numbers of the hidden states that are the features."""
+    configured = model.config.vision_feature_layer
+    states = model.config.vision_config.num_hidden_layers + 1
+    return [n % states for n in (configured if isinstance(configured, list) else [configured])]
+
+
+def patch_features(model: LlavaForConditionalGeneration, image: Tensor) -> Tensor:
+    """`(patches, channels)` what the projector gets."""
+    states = model.model.vision_tower(pixel_values=image[None], output_hidden_states=True)
+    skipped = 1 if model.config.vision_feature_select_strategy == "default" else 0
+    features = [states.hidden_states[n][0, skipped:] for n in feature_layers(model)]
+    return torch.cat(features, dim=-1)
 
 
 def kept_indices(scores: Tensor, keep: int) -> list[list[int]]:
@@ -48,13 +68,13 @@ def kept_indices(scores: Tensor, keep: int) -> list[list[int]]:
 def compressed_embeddings(
     model: LlavaForConditionalGeneration,
     row: Row,
-    keep: int | Sequence[int],
+    keep: Keep,
     positions: str,
     layers: int = 3,
 ) -> tuple[Tensor, Tensor]:
     """`(1, tokens, channels)` embeddings of one prompt with kept tokens only, and positions.
 
-    `keep` is the same for all images, or one number for each.
+    `keep` is how many, the same for all images or one number for each; or which of each.
     """
     core = model.model
     budgets = iter([keep] * len(row.images) if isinstance(keep, int) else keep)
@@ -62,9 +82,11 @@ def compressed_embeddings(
     pieces, places, place = [], [], 0
     for part in row.parts:
         if isinstance(part, Tensor):
-            states = core.vision_tower(pixel_values=part[None], output_hidden_states=True)
-            patches = states.hidden_states[-2][0, 1:]
-            kept = kept_indices(eager_scores(model, part[None], layers), next(budgets))[0]
+            patches, budget = patch_features(model, part), next(budgets)
+            if isinstance(budget, int):
+                kept = kept_indices(eager_scores(model, part[None], layers), budget)[0]
+            else:
+                kept = budget
             pieces.append(core.multi_modal_projector(patches[kept]))
             places += [place + n for n in kept]
             place += len(patches)
@@ -113,7 +135,7 @@ def hidden_states(
 def greedy(
     model: LlavaForConditionalGeneration,
     row: Row,
-    keep: int | Sequence[int],
+    keep: Keep,
     steps: int = 6,
     positions: str = "reindexed",
     layers: int = 3,
@@ -134,7 +156,7 @@ def greedy(
 def greedy_batch(
     model: LlavaForConditionalGeneration,
     batch: list[Row],
-    keep: int | Sequence[int],
+    keep: Keep,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`(rows, steps)` text and `(rows, steps, vocabulary)` logits of `greedy`, row by row."""

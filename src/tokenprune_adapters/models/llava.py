@@ -13,7 +13,7 @@ from tokenprune.errors import UnsupportedError
 from tokenprune.placement import AfterLayer, BeforeLLM, Placement, Positions
 from tokenprune.plugins import registry
 from tokenprune.report import Record
-from tokenprune.signals import LastQueryAttention, Signal, TextQueryAttention
+from tokenprune.signals import ClsAttention, LastQueryAttention, Signal, TextQueryAttention
 from tokenprune.spec import spec_of
 from tokenprune.strategy import Stage
 
@@ -40,14 +40,9 @@ class LlavaAdapter(ModelAdapter):
             )
         check_transformers()
         core: Any = model.model
-        strategy = core.config.vision_feature_select_strategy
-        if strategy != "default":
-            raise UnsupportedError(
-                f"vision_feature_select_strategy={strategy!r} keeps [CLS] among the patches; only "
-                "'default' is supported"
-            )
         check_llm(core.language_model)
         provided = _tower_adapter(core.vision_tower).provides(core.vision_tower)
+        _check_select_strategy(core, has_cls=ClsAttention in provided)
         if isinstance(placement, AfterLayer):
             return provided | {LastQueryAttention, TextQueryAttention}
         return provided
@@ -136,6 +131,18 @@ def _hide_marks(core: nn.Module, args: object, output: Any) -> None:
 def _tower_adapter(tower: nn.Module) -> TowerAdapter:
     known = registry()
     return known.claiming(known.towers, tower, None).factory()
+
+
+def _check_select_strategy(core: Any, has_cls: bool) -> None:
+    """The projector must get all patches, and patches alone."""
+    strategy, supported = core.config.vision_feature_select_strategy, "default"
+    does = "keeps [CLS] among the patches"
+    if not has_cls:
+        does, supported = f"drops the first patch of a {type(core.vision_tower).__name__}", "full"
+    if strategy != supported:
+        raise UnsupportedError(
+            f"vision_feature_select_strategy={strategy!r} {does}; only {supported!r} is supported"
+        )
 
 
 def _before_llm(stages: tuple[Stage, ...]) -> Stage | None:
