@@ -72,6 +72,11 @@ class Observation(NotCopyable):
         scratch: dict[object, Tensor] = self._local.scratch
         return scratch
 
+    def forget(self) -> None:
+        """Give up the pass of this thread that is under way; one that is complete stays."""
+        if self.running:
+            self._local.__dict__.clear()
+
     def finish(self, tokens: VisualTokens, signals: Mapping[Signal, Tensor]) -> None:
         """Publish what this pass gave."""
         self._local.__dict__.clear()

@@ -26,9 +26,27 @@ def _llava() -> ModelAdapter:
     return LlavaAdapter()
 
 
+def _open_clip() -> TowerAdapter:
+    from .towers.open_clip import OpenClipTowerAdapter
+
+    return OpenClipTowerAdapter()
+
+
+def _open_clip_visual() -> ModelAdapter:
+    from .models.open_clip_visual import OpenClipVisualAdapter
+
+    return OpenClipVisualAdapter()
+
+
+_OPEN_CLIP = (
+    "open_clip.transformer.VisionTransformer",
+    "open_clip.timm_model.TimmModel",
+)
+
+
 @hookimpl
 def tokenprune_towers() -> Iterable[TowerPlugin]:
-    """Vision towers of transformers."""
+    """Vision towers of transformers and open_clip."""
     yield TowerPlugin(
         "hf-clip",
         "CLIP vision towers of transformers: [CLS] rows and keys by hooks on q_proj and k_proj",
@@ -41,14 +59,26 @@ def tokenprune_towers() -> Iterable[TowerPlugin]:
         _siglip,
         ("transformers.models.siglip.modeling_siglip.SiglipVisionModel",),
     )
+    yield TowerPlugin(
+        "open-clip",
+        "model.visual of open_clip, ViTs of its own and of timm: [CLS] rows, keys, attention pools",
+        _open_clip,
+        _OPEN_CLIP,
+    )
 
 
 @hookimpl
 def tokenprune_models() -> Iterable[ModelPlugin]:
-    """Models of transformers."""
+    """Models of transformers, and towers of open_clip as models of their own."""
     yield ModelPlugin(
         "hf-llava",
         "LLaVA-1.5 of transformers, before the LLM",
         _llava,
         ("transformers.models.llava.modeling_llava.LlavaForConditionalGeneration",),
+    )
+    yield ModelPlugin(
+        "open-clip-visual",
+        "model.visual of open_clip, after blocks: encode_image itself gets faster",
+        _open_clip_visual,
+        _OPEN_CLIP,
     )

@@ -96,6 +96,8 @@ class Registry:
                 return found[0].plugin
         supported = sorted({claim.rpartition(".")[2] for o in offers for claim in o.plugin.claims})
         hint = f"; broken plugins: {', '.join(self.broken)}" if self.broken else ""
+        if any(cls.__name__ == "ScriptModule" for cls in type(target).__mro__):
+            hint += "; scripted models run without hooks, so take the model as it was before"
         raise UnsupportedError(
             f"no adapter supports {type(target).__name__} as a {kind}; supported: "
             + (", ".join(supported) or "none (install tokenprune-vlm[hf])")
