@@ -6,17 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from tokenprune.adapter import NotCopyable, Observation, Removable, TowerAdapter
-from tokenprune.errors import ShapeError
-from tokenprune.signals import ClsAttention, Keys, Signal, resolve_layers
-from tokenprune.tokens import VisualTokens
+from tokenprune.signals import ClsAttention, Keys, Signal
 
-from ..fingerprint import fingerprint
 from ..rows import attention_row
+from .taps import Reading
 
 
 @dataclass(frozen=True)
@@ -66,57 +63,28 @@ class _Taps(NotCopyable):
         self.layers: Any = inner.encoder.layers
         self.observation = observation
         self.prefix = prefix
-        count = len(self.layers)
-        if not -count <= feature_layer < count:
-            raise ShapeError(f"feature_layer={feature_layer} is not one of {count} layers")
-        self.feature_layer = feature_layer % count
-        self.wanted: dict[Signal, tuple[int, ...]] = {
-            signal: (
-                resolve_layers(signal.layers, self.feature_layer, count)
-                if isinstance(signal, ClsAttention)
-                else resolve_layers((signal.layer,), self.feature_layer, count)
-            )
-            for signal in signals
-            if isinstance(signal, (ClsAttention, Keys))
-        }
+        self.reading = Reading(signals, observation, feature_layer, len(self.layers))
 
     def install(self) -> Iterator[Removable]:
         yield self.tower.register_forward_pre_hook(self.begin, with_kwargs=True)
-        rows, keys = self._layers_of(ClsAttention), self._layers_of(Keys)
-        for number in sorted(rows | keys):
+        for number, kinds in self.reading.kinds().items():
             attention = self.layers[number].self_attn
-            tap = _LayerTap(self, number, attention, rows=number in rows, keys=number in keys)
+            rows, keys = ClsAttention in kinds, Keys in kinds
+            tap = _LayerTap(self, number, attention, rows=rows, keys=keys)
             yield attention.q_proj.register_forward_hook(tap.query)
             yield attention.k_proj.register_forward_hook(tap.key)
-        yield self.layers[self.feature_layer].register_forward_hook(self.features)
+        yield self.layers[self.reading.feature_layer].register_forward_hook(self.features)
         yield self.tower.register_forward_hook(self.finish, always_call=False)
 
-    def _layers_of(self, kind: type[Signal]) -> set[int]:
-        return {n for s, layers in self.wanted.items() if isinstance(s, kind) for n in layers}
-
     def begin(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.observation.begin()
-        pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
-        self.observation.scratch["ids"] = fingerprint(pixels)
+        self.reading.begin(kwargs["pixel_values"] if "pixel_values" in kwargs else args[0])
 
     def features(self, layer: nn.Module, args: object, output: Any) -> None:
-        if not self.observation.running:
-            return
         hidden = output[0] if isinstance(output, tuple) else output
-        self.observation.scratch["features"] = hidden.detach()[:, self.prefix :]
+        self.reading.features(hidden[:, self.prefix :])
 
     def finish(self, tower: nn.Module, args: object, output: object) -> None:
-        scratch = self.observation.scratch
-        tokens = VisualTokens.of(
-            scratch["features"], ids=scratch["ids"].to(scratch["features"].device)
-        )
-        answers: dict[Signal, Tensor] = {}
-        for signal, layers in self.wanted.items():
-            if isinstance(signal, ClsAttention):
-                answers[signal] = torch.stack([scratch["rows", n] for n in layers], dim=1)
-            else:
-                answers[signal] = scratch["keys", layers[0]]
-        self.observation.finish(tokens, answers)
+        self.reading.finish()
 
 
 @dataclass(eq=False)
@@ -147,7 +115,7 @@ class _LayerTap(NotCopyable):
         if self.keys:
             pattern = "batch tokens (heads channels) -> batch heads tokens channels"
             patches = output[:, self.taps.prefix :]
-            scratch["keys", self.number] = rearrange(patches, pattern, heads=heads)
+            scratch[Keys, self.number] = rearrange(patches, pattern, heads=heads)
         if self.rows:
             scratch["key", self.number] = output
             self.row()
@@ -158,4 +126,4 @@ class _LayerTap(NotCopyable):
         if all(name in scratch for name in names):
             query, keys = (scratch.pop(name) for name in names)
             row = attention_row(query, keys, self.attention.num_heads, self.attention.scale)
-            scratch["rows", self.number] = row[:, :, self.taps.prefix :]
+            scratch[ClsAttention, self.number] = row[:, :, self.taps.prefix :]
