@@ -9,6 +9,7 @@ JOBS ?= 2
 # Tiny tensors gain nothing from threads, and one process runs per core.
 SINGLE := OMP_NUM_THREADS=1
 PYTEST := $(SINGLE) $(BIN)/python -m pytest -n $(JOBS)
+EXAMPLES := docs/examples/tokenprune-sharpness docs/examples/tokenprune-pocketvlm
 VERSIONS := 5.4.0 5.19.0 newest
 
 .PRECIOUS: .venv-%/.ready
@@ -72,6 +73,7 @@ $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps $(EXAMPLES:%=-e %)
 	touch $@
 
 clean:  ## remove what was built, environments too

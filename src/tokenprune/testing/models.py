@@ -178,8 +178,7 @@ def check_m5_what_is_unsupported_is_refused(case: ModelCase) -> None:
     expected = case.next_logits(model, batch)
     before = Snapshot(model)
     stages = [Strategy(_AsksTooMuch(), Evict(HALF)).at(placement) for placement in case.placements]
-    impossible = AfterLayer(layers=10**6)
-    stages += [_stage(case, placement, HALF) for placement in (*case.unsupported, impossible)]
+    stages += [_stage(case, placement, HALF) for placement in (*case.unsupported, Nowhere())]
     for stage in stages:
         try:
             attach(model, stage, adapter=case.adapter).detach()
@@ -307,6 +306,14 @@ def _fail_in(case: ModelCase, part: nn.Module, model: nn.Module, batch: dict[str
         pass
     finally:
         handle.remove()
+
+
+@dataclass(frozen=True)
+class Nowhere(Placement):
+    """A placement that no adapter offers."""
+
+    def check(self, steps: Sequence[object]) -> None:
+        pass
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,129 @@
+"""The adapters that come along keep the contract, on tiny random models of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from support import oracle
+from support.llava import collate, generate, picture, prompts, tiny_llava
+from tokenprune import AfterLayer, BeforeLLM, ClsAttention, Keys, Placement, Signal
+from tokenprune.testing import ModelCase, Prompt, TowerCase, parametrize_with_checks
+
+
+def pictures() -> dict[str, Any]:
+    return {"pixel_values": torch.stack([picture(n) for n in range(3)])}
+
+
+def clip(attention: str) -> nn.Module:
+    return tiny_llava(attention).model.vision_tower
+
+
+def siglip() -> nn.Module:
+    config = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return SiglipVisionModel(config).eval()
+
+
+def states(tower: nn.Module, inputs: dict[str, Any], layer: int) -> Tensor:
+    """What enters a block (with padding tokens such as [CLS]), by transformers' own output."""
+    hidden: Tensor = tower(**inputs, output_hidden_states=True).hidden_states[layer]
+    return hidden
+
+
+def of_tower(prefix: int, tower: Any, inputs: dict[str, Any], signal: Signal) -> Tensor:
+    """Signals from full attention maps and from hidden states, without hooks."""
+    layers = getattr(tower, "vision_model", tower).encoder.layers
+    if isinstance(signal, Keys):
+        block = layers[signal.layer]
+        x = block.layer_norm1(states(tower, inputs, signal.layer - 1))
+        keys = block.self_attn.k_proj(x)[:, prefix:]
+        return keys.unflatten(2, (block.self_attn.num_heads, -1)).transpose(1, 2)
+    assert isinstance(signal, ClsAttention)
+    before = tower.config._attn_implementation
+    tower.set_attn_implementation("eager")
+    maps = tower(**inputs, output_attentions=True).attentions
+    tower.set_attn_implementation(before)
+    # K = 2 means the two that end at the features, here those of the last but one block.
+    numbers = (-3, -2) if isinstance(signal.layers, int) else signal.layers
+    return torch.stack([maps[number][:, :, 0, prefix:] for number in numbers], dim=1)
+
+
+def towers() -> Iterable[TowerCase]:
+    for attention in ("sdpa", "eager"):
+        yield TowerCase(
+            f"CLIP with {attention}",
+            partial(clip, attention),
+            pictures,
+            [ClsAttention(2), ClsAttention((-1, -4)), Keys(-2)],
+            features=lambda tower, inputs: states(tower, inputs, -2)[:, 1:],
+            oracle=partial(of_tower, 1),
+        )
+    yield TowerCase(
+        "SigLIP",
+        siglip,
+        pictures,
+        [Keys(-1), Keys(-2)],
+        feature_layer=-1,
+        features=lambda tower, inputs: states(tower, inputs, -1),
+        oracle=partial(of_tower, 0),
+    )
+
+
+def llava_prompts() -> list[Prompt]:
+    return [Prompt(row, len(row.ids), (16,) * len(row.images)) for row in prompts()]
+
+
+def llava_batch(batch: Sequence[Prompt]) -> dict[str, Any]:
+    return collate([prompt.inputs for prompt in batch])
+
+
+def llava_text(model: nn.Module, inputs: dict[str, Any], steps: int) -> tuple[Tensor, Tensor]:
+    answer = generate(model, inputs, steps)
+    return answer.text, answer.logits
+
+
+def by_hand(
+    model: Any, prompt: Prompt, kept: list[list[int]], placement: Placement, steps: int
+) -> Tensor:
+    assert isinstance(placement, BeforeLLM)
+    return oracle.greedy(model, prompt.inputs, kept, steps, placement.positions)[1]
+
+
+def models() -> Iterable[ModelCase]:
+    for attention in ("sdpa", "eager"):
+        yield ModelCase(
+            f"LLaVA with {attention}, before the LLM",
+            partial(tiny_llava, attention),
+            llava_prompts,
+            llava_batch,
+            placements=[BeforeLLM(), BeforeLLM("original")],
+            generate=llava_text,
+            oracle=by_hand,
+        )
+    yield ModelCase(
+        "LLaVA, inside the LLM",
+        tiny_llava,
+        llava_prompts,
+        llava_batch,
+        placements=[AfterLayer(1), AfterLayer(2), AfterLayer(2, "reindexed")],
+        generate=llava_text,
+    )
+
+
+@parametrize_with_checks([*towers(), *models()])
+def test_contract(case, check):
+    check(case)
