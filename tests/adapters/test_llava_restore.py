@@ -146,7 +146,7 @@ def test_a_tower_adapter_that_fails_half_way(
     snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(llava_adapter, "_tower_adapter", lambda tower: _HalfATower())
+        patch.setattr(llava_adapter, "tower_adapter", lambda tower: _HalfATower())
         with pytest.raises(ZeroDivisionError):
             tokenprune.attach(snapshot.model, spec(4))
     snapshot.check()

@@ -7,23 +7,28 @@ from typing import Any
 
 from torch import nn
 
-from tokenprune.adapter import ModelAdapter, NotCopyable, Observation, Removable, TowerAdapter
-from tokenprune.budget import Budgeted
+from tokenprune.adapter import ModelAdapter, NotCopyable, Observation, Removable
 from tokenprune.errors import UnsupportedError
 from tokenprune.placement import AfterLayer, BeforeLLM, Placement, Positions
-from tokenprune.plugins import registry
 from tokenprune.report import Record
 from tokenprune.signals import ClsAttention, LastQueryAttention, Signal, TextQueryAttention
-from tokenprune.spec import spec_of
 from tokenprune.strategy import Stage
 
 from ..llms.images import Images
 from ..llms.inside import ReduceInside, refuse_candidates
 from ..llms.shorten import IMAGES, ShortenPrompts, check_llm
 from ..llms.store import SignalStore
-from ..marks import marked
 from ..projection import ReduceBeforeProjector
 from ..versions import check_transformers, expanded_images_guard, lost_images_guard
+from .parts import (
+    before_llm,
+    check_budgets,
+    check_select_strategy,
+    feature_layer,
+    hide_marks,
+    inside_llm,
+    tower_adapter,
+)
 
 
 class LlavaAdapter(ModelAdapter):
@@ -41,8 +46,8 @@ class LlavaAdapter(ModelAdapter):
         check_transformers()
         core: Any = model.model
         check_llm(core.language_model)
-        provided = _tower_adapter(core.vision_tower).provides(core.vision_tower)
-        _check_select_strategy(core, has_cls=ClsAttention in provided)
+        provided = tower_adapter(core.vision_tower).provides(core.vision_tower)
+        check_select_strategy(core, has_cls=ClsAttention in provided)
         if isinstance(placement, AfterLayer):
             return provided | {LastQueryAttention, TextQueryAttention}
         return provided
@@ -52,9 +57,9 @@ class LlavaAdapter(ModelAdapter):
     ) -> Iterator[Removable]:
         core: Any = model.model
         tower, llm = core.vision_tower, core.language_model
-        _check_budgets(stages)
-        before = _before_llm(stages)
-        inside = _inside(stages, len(llm.layers))
+        check_budgets(stages)
+        before = before_llm(stages)
+        inside = inside_llm(stages, len(llm.layers))
         of_tower = {
             signal
             for stage in inside.values()
@@ -65,8 +70,8 @@ class LlavaAdapter(ModelAdapter):
         if before is not None or inside:
             observation = Observation()
             wanted = of_tower | (before.strategy.signals if before is not None else set())
-            yield from _tower_adapter(tower).install(
-                tower, frozenset(wanted), observation, _feature_layer(core.config)
+            yield from tower_adapter(tower).install(
+                tower, frozenset(wanted), observation, feature_layer(core.config)
             )
             yield from ReduceBeforeProjector(
                 before.strategy if before is not None else None,
@@ -75,7 +80,7 @@ class LlavaAdapter(ModelAdapter):
                 store if inside else None,
             ).install(core.multi_modal_projector)
         if before is not None:
-            yield core.register_forward_hook(_hide_marks)
+            yield core.register_forward_hook(hide_marks)
         if inside:
             yield core.register_forward_pre_hook(_FindImages(core).before, with_kwargs=True)
         positions: Positions = "reindexed"
@@ -119,72 +124,3 @@ class _FindImages(NotCopyable):
         if kwargs.get("pixel_values") is not None or encoded is not None:
             kwargs[IMAGES] = Images.of(ids == core.config.image_token_id, self.tokens)
         return args, kwargs
-
-
-def _hide_marks(core: nn.Module, args: object, output: Any) -> None:
-    """Callers see the image features that entered the language model, without marks."""
-    features = getattr(output, "image_hidden_states", None)
-    if features is not None:
-        output.image_hidden_states = features[~marked(features)]
-
-
-def _tower_adapter(tower: nn.Module) -> TowerAdapter:
-    known = registry()
-    return known.claiming(known.towers, tower, None).factory()
-
-
-def _check_select_strategy(core: Any, has_cls: bool) -> None:
-    """The projector must get all patches, and patches alone."""
-    strategy, supported = core.config.vision_feature_select_strategy, "default"
-    does = "keeps [CLS] among the patches"
-    if not has_cls:
-        does, supported = f"drops the first patch of a {type(core.vision_tower).__name__}", "full"
-    if strategy != supported:
-        raise UnsupportedError(
-            f"vision_feature_select_strategy={strategy!r} {does}; only {supported!r} is supported"
-        )
-
-
-def _before_llm(stages: tuple[Stage, ...]) -> Stage | None:
-    found = [stage for stage in stages if isinstance(stage.placement, BeforeLLM)]
-    if len(found) > 1:
-        raise UnsupportedError(
-            f"{len(found)} stages before the LLM; join them into one: "
-            + " | ".join(spec_of(stage.strategy) for stage in found)
-        )
-    return found[0] if found else None
-
-
-def _inside(stages: tuple[Stage, ...], layers: int) -> dict[int, Stage]:
-    """Stages by the layer that they start at; one after the last layer has nothing to do."""
-    found: dict[int, Stage] = {}
-    for stage in stages:
-        if not isinstance(stage.placement, AfterLayer):
-            continue
-        start = stage.placement.layers
-        if start in found:
-            raise UnsupportedError(
-                f"two stages at after-layer({start}); join them into one: "
-                f"{spec_of(found[start].strategy)} | {spec_of(stage.strategy)}"
-            )
-        found[start] = stage
-    return {start: found[start] for start in sorted(found) if start < layers}
-
-
-def _check_budgets(stages: tuple[Stage, ...]) -> None:
-    for step in (step for stage in stages for step in stage.strategy.steps):
-        if isinstance(step, Budgeted) and step.per == "frame":
-            raise UnsupportedError(f"per='frame' in {spec_of(step)!r}: LLaVA-1.5 has no frames")
-
-
-def _feature_layer(config: Any) -> int:
-    """Block whose output is the features, Python style; the last of several.
-
-    `vision_feature_layer` indexes hidden states, of which there is one more than blocks: only
-    negative numbers mean the same in both lists.
-    """
-    layer = config.vision_feature_layer
-    layer = layer[-1] if isinstance(layer, (list, tuple)) else layer
-    if layer == 0:
-        raise UnsupportedError("vision_feature_layer=0 reads the embeddings, which no layer scores")
-    return int(layer) if layer < 0 else int(layer) - 1

@@ -1,0 +1,89 @@
+"""What adapters of LLaVA models share: reading stages, configs and towers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tokenprune.adapter import TowerAdapter
+from tokenprune.budget import Budgeted
+from tokenprune.errors import UnsupportedError
+from tokenprune.placement import AfterLayer, BeforeLLM
+from tokenprune.plugins import registry
+from tokenprune.spec import spec_of
+from tokenprune.strategy import Stage
+
+from ..marks import marked
+
+
+def hide_marks(core: nn.Module, args: object, output: Any) -> None:
+    """Callers see the image features that entered the language model, without marks."""
+    features = getattr(output, "image_hidden_states", None)
+    if features is not None:
+        output.image_hidden_states = features[~marked(features)]
+
+
+def tower_adapter(tower: nn.Module) -> TowerAdapter:
+    """The adapter of the model's vision tower."""
+    known = registry()
+    return known.claiming(known.towers, tower, None).factory()
+
+
+def check_select_strategy(core: Any, has_cls: bool) -> None:
+    """The projector must get all patches, and patches alone."""
+    strategy, supported = core.config.vision_feature_select_strategy, "default"
+    does = "keeps [CLS] among the patches"
+    if not has_cls:
+        does, supported = f"drops the first patch of a {type(core.vision_tower).__name__}", "full"
+    if strategy != supported:
+        raise UnsupportedError(
+            f"vision_feature_select_strategy={strategy!r} {does}; only {supported!r} is supported"
+        )
+
+
+def before_llm(stages: tuple[Stage, ...]) -> Stage | None:
+    """The stage before the LLM, of which there can be one."""
+    found = [stage for stage in stages if isinstance(stage.placement, BeforeLLM)]
+    if len(found) > 1:
+        raise UnsupportedError(
+            f"{len(found)} stages before the LLM; join them into one: "
+            + " | ".join(spec_of(stage.strategy) for stage in found)
+        )
+    return found[0] if found else None
+
+
+def inside_llm(stages: tuple[Stage, ...], layers: int) -> dict[int, Stage]:
+    """Stages by the layer that they start at; one after the last layer has nothing to do."""
+    found: dict[int, Stage] = {}
+    for stage in stages:
+        if not isinstance(stage.placement, AfterLayer):
+            continue
+        start = stage.placement.layers
+        if start in found:
+            raise UnsupportedError(
+                f"two stages at after-layer({start}); join them into one: "
+                f"{spec_of(found[start].strategy)} | {spec_of(stage.strategy)}"
+            )
+        found[start] = stage
+    return {start: found[start] for start in sorted(found) if start < layers}
+
+
+def check_budgets(stages: tuple[Stage, ...]) -> None:
+    """Refuse budgets per frame in models that take pictures only."""
+    for step in (step for stage in stages for step in stage.strategy.steps):
+        if isinstance(step, Budgeted) and step.per == "frame":
+            raise UnsupportedError(f"per='frame' in {spec_of(step)!r}: this model has no frames")
+
+
+def feature_layer(config: Any) -> int:
+    """Block whose output is the features, Python style; the last of several.
+
+    `vision_feature_layer` indexes hidden states, of which there is one more than blocks: only
+    negative numbers mean the same in both lists.
+    """
+    layer = config.vision_feature_layer
+    layer = layer[-1] if isinstance(layer, (list, tuple)) else layer
+    if layer == 0:
+        raise UnsupportedError("vision_feature_layer=0 reads the embeddings, which no layer scores")
+    return int(layer) if layer < 0 else int(layer) - 1
