@@ -1,0 +1,115 @@
+"""An optimisation loop that survives being killed."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+Step: TypeAlias = Callable[[int], tuple[Tensor, float]]
+"""From the number of a step to its loss and its accuracy; all that is random follows the number."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How long and how fast to train: AdamW, linear warm-up, cosine to zero.
+
+    Attributes:
+        name: names the files of the stage.
+        steps: of optimisation.
+        batch: pictures a step.
+        rate: the highest learning rate.
+        warmup: steps of warm-up.
+        decay: weight decay of matrices.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    rate: float
+    warmup: int = 150
+    decay: float = 0.05
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        if step < self.warmup:
+            return self.rate * (step + 1) / self.warmup
+        return self.rate * (1 + math.cos(math.pi * step / self.steps)) / 2
+
+
+def train(stage: Stage, module: nn.Module, step: Step, folder: Path, every: float = 60.0) -> float:
+    """Train what in `module` requires gradients, in place, and return the CPU seconds it took.
+
+    Progress is kept in `folder` every so many seconds. A call that finds it there continues, and
+    because a step depends on its number alone, it ends with the weights of an undisturbed run.
+    """
+    weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    matrices = [p for p in weights.values() if p.ndim > 1]
+    others = [p for p in weights.values() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": stage.decay}, {"params": others, "weight_decay": 0}],
+        betas=(0.9, 0.98),
+    )
+    file = folder / f"{stage.name}.pt"
+    first, spent = 0, -time.process_time()
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        first = state["step"]
+        spent += state["seconds"]
+        optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for name, parameter in weights.items():
+                parameter.copy_(state["weights"][name])
+
+    def save(done: int) -> None:
+        state = {
+            "step": done,
+            "seconds": spent + time.process_time(),
+            "optimizer": optimizer.state_dict(),
+            "weights": weights,
+        }
+        partial = file.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, file)
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}  {task.fields[measures]}"),
+        TimeRemainingColumn(),
+    )
+    module.train()
+    saved = time.monotonic()
+    mean_loss = mean_accuracy = 0.0
+    with Progress(*columns) as progress:
+        bar = progress.add_task(stage.name, total=stage.steps, completed=first, measures="")
+        for number in range(first, stage.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = stage.rate_at(number)
+            loss, accuracy = step(number)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(weights.values(), 1.0)
+            optimizer.step()
+
+            fresh = max(0.02, 1 / (number - first + 1))
+            mean_loss += fresh * (loss.item() - mean_loss)
+            mean_accuracy += fresh * (accuracy - mean_accuracy)
+            measures = f"loss {mean_loss:.3f}  accuracy {mean_accuracy:.3f}"
+            progress.update(bar, advance=1, measures=measures)
+            if (number + 1) % 100 == 0 and not progress.console.is_terminal:
+                progress.console.print(f"{stage.name} {number + 1}/{stage.steps}  {measures}")
+            if time.monotonic() - saved > every:
+                save(number + 1)
+                saved = time.monotonic()
+    save(stage.steps)
+    module.eval()
+    return spent + time.process_time()
