@@ -14,6 +14,10 @@ Positions: TypeAlias = Literal["reindexed", "original"]
 """Position ids of what is kept: counted anew (VTC-CLS, FasterVLM) or as they were (FastV)."""
 
 
+Newline: TypeAlias = Literal["keep", "drop"]
+"""What becomes of the newline tokens between the rows of an any-resolution image."""
+
+
 def _check_positions(positions: str) -> None:
     if positions not in get_args(Positions):
         raise SpecError(f"positions must be 'reindexed' or 'original', got {positions!r}")
@@ -34,12 +38,17 @@ class BeforeLLM(Placement):
 
     Args:
         positions: position ids in the LLM, ``"reindexed"`` by default (VTC-CLS, FasterVLM).
+        newline: what becomes of the newline tokens of any-resolution images (LLaVA-NeXT):
+            ``"keep"``, never counted in a budget, or ``"drop"`` (FasterVLM's released code).
     """
 
     positions: Positions = "reindexed"
+    newline: Newline = "keep"
 
     def __post_init__(self) -> None:
         _check_positions(self.positions)
+        if self.newline not in get_args(Newline):
+            raise SpecError(f"newline must be 'keep' or 'drop', got {self.newline!r}")
 
     def check(self, steps: Sequence[object]) -> None:
         """Refuse a budget of zero: a model that asks about a picture must see some of it."""

@@ -10,26 +10,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenprune.plan import Plan
 
-
-def spread(projected: Tensor, plan: Plan) -> Tensor:
-    """Put kept rows back at their anchors, marks everywhere else.
+def spread(projected: Tensor, index: Tensor, mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Put kept rows back where they came from, marks everywhere else.
 
     Args:
         projected: `(batch, kept, channels)`.
-        plan: what was kept of `plan.tokens` slots.
+        index: `(batch, kept)` int64, the slot of each, counted over all slots of `shape`.
+        mask: `(batch, kept)` bool, False for fillers.
+        shape: images (or crops) and tokens of each.
 
     Returns:
-        `(batch, tokens, channels)`.
+        `(images, tokens, channels)`.
     """
-    batch, _, channels = projected.shape
+    total, channels = shape[0] * shape[1], projected.shape[2]
     # One row more, to which fillers are written.
-    full = projected.new_full((batch * plan.tokens + 1, channels), -torch.inf)
-    offset = torch.arange(batch, device=projected.device)[:, None] * plan.tokens
-    index = (plan.anchors + offset).masked_fill(~plan.mask, batch * plan.tokens)
-    full = full.index_copy(0, index.flatten(), projected.flatten(0, 1))
-    return full[:-1].reshape(batch, plan.tokens, channels)
+    full = projected.new_full((total + 1, channels), -torch.inf)
+    index = index.masked_fill(~mask, total).flatten()
+    return full.index_copy(0, index, projected.flatten(0, 1))[:-1].reshape(*shape, channels)
 
 
 def marked(features: Tensor) -> Tensor:

@@ -26,6 +26,12 @@ def _llava() -> ModelAdapter:
     return LlavaAdapter()
 
 
+def _llava_next() -> ModelAdapter:
+    from .models.llava_next import LlavaNextAdapter
+
+    return LlavaNextAdapter()
+
+
 def _open_clip() -> TowerAdapter:
     from .towers.open_clip import OpenClipTowerAdapter
 
@@ -75,6 +81,12 @@ def tokenprune_models() -> Iterable[ModelPlugin]:
         "LLaVA-1.5 of transformers, before the LLM",
         _llava,
         ("transformers.models.llava.modeling_llava.LlavaForConditionalGeneration",),
+    )
+    yield ModelPlugin(
+        "hf-llava-next",
+        "LLaVA-NeXT of transformers (any resolution), before the LLM",
+        _llava_next,
+        ("transformers.models.llava_next.modeling_llava_next.LlavaNextForConditionalGeneration",),
     )
     yield ModelPlugin(
         "open-clip-visual",

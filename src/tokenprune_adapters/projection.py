@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from tokenprune.tokens import VisualTokens
 from .carry import carried, carry
 from .llms.store import Ids, SignalStore, Sizes
 from .marks import spread
+from .rowing import Rows
 
 
 class ReduceBeforeProjector(NotCopyable):
@@ -29,6 +31,7 @@ class ReduceBeforeProjector(NotCopyable):
         record: where to note what was done.
         later: where to leave what is known of the images for stages inside the language model,
             which then count the tokens; or None.
+        arrange: how tokens of crops form rows that share a budget; None where a crop is a row.
     """
 
     def __init__(
@@ -37,11 +40,13 @@ class ReduceBeforeProjector(NotCopyable):
         observation: Observation,
         record: Record,
         later: SignalStore | None = None,
+        arrange: Callable[[], Rows] | None = None,
     ) -> None:
         self.strategy = strategy
         self.observation = observation
         self.record = record
         self.later = later
+        self.arrange = arrange
 
     def install(self, projector: nn.Module) -> Iterator[Removable]:
         """Yield the handles."""
@@ -56,19 +61,23 @@ class ReduceBeforeProjector(NotCopyable):
             seen, signals = self.observation.take()
             if signals:
                 _check_same(features, seen.features)
-            return (carry(features, (None, _known(seen, signals))), *args[1:])
+            return (carry(features, _Left(None, _known(seen, signals))), *args[1:])
         seen, signals = self._seen(features)
         with self.record.selecting(features.device):
-            tokens = VisualTokens.of(features, ids=seen.ids.to(features.device))
+            rows = Rows.of_crops(features) if self.arrange is None else self.arrange()
+            rows = rows.to(features.device)
+            tokens, signals = rows.tokens(features, seen.ids), rows.signals(signals)
             reduction = self.strategy(tokens, signals)
         self.record.decided(reduction)
+        plan = reduction.plan
         if self.later is None:
-            self.record.counted(tokens.lengths, {0: reduction.plan.lengths})
-        plan = None if reduction.plan.is_identity else reduction.plan
-        left = Signals()
-        if self.later is not None:
-            left = _known(reduction.tokens, signals if plan is None else signals.reduce(plan))
-        return (carry(reduction.tokens.features, (plan, left)), *args[1:])
+            self.record.counted(tokens.lengths, {0: plan.lengths})
+        if plan.weights is None and plan.lengths == tokens.lengths:
+            known = _known(tokens, signals)
+            return (carry(features, _Left(None, known)), *args[1:])
+        kept = rows.index.gather(1, plan.anchors), plan.mask, (features.shape[0], features.shape[1])
+        known = _known(reduction.tokens, signals.reduce(plan))
+        return (carry(reduction.tokens.features, _Left(kept, known)), *args[1:])
 
     def _seen(self, features: Tensor) -> tuple[VisualTokens, Signals]:
         if not self.observation.ready:
@@ -82,13 +91,25 @@ class ReduceBeforeProjector(NotCopyable):
 
     def after(self, projector: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         left = carried(args[0])
-        if not isinstance(left, tuple):
+        if not isinstance(left, _Left):
             return None
-        plan, signals = left
-        features = output if plan is None else spread(output, plan)
+        features = output if left.kept is None else spread(output, *left.kept)
         if self.later is not None:
-            self.later.put(features, signals)
+            self.later.put(features, left.known)
         return features
+
+
+@dataclass(frozen=True, eq=False)
+class _Left:
+    """What the hook before the projector leaves for the hook after it.
+
+    Attributes:
+        kept: where each row that is projected belongs (see `marks.spread`); None: as it stands.
+        known: what stages inside the language model may want to know.
+    """
+
+    kept: tuple[Tensor, Tensor, tuple[int, int]] | None
+    known: Signals
 
 
 def _known(tokens: VisualTokens, signals: Signals) -> Signals:

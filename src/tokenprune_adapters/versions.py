@@ -18,12 +18,13 @@ from .llms.cache import state_of
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
-def check_transformers() -> None:
+def check_transformers(oldest: tuple[int, int] = (5, 4)) -> None:
     """Refuse versions whose caches and masks work differently."""
-    if not (5, 4) <= VERSION < (6, 0):
+    if not oldest <= VERSION < (6, 0):
+        wanted = ".".join(map(str, oldest))
         raise UnsupportedError(
             f"transformers {transformers.__version__} is not supported; install "
-            "transformers>=5.4,<6"
+            f"transformers>={wanted},<6"
         )
 
 

@@ -67,14 +67,14 @@ def tiny_llava(
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # biases and [CLS] keep what the constructor gives them
         model = LlavaForConditionalGeneration(config).eval()
-    _scale(model, torch.Generator().manual_seed(seed))
+    scale(model, torch.Generator().manual_seed(seed))
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = EOS
     return model
 
 
 @torch.no_grad()
-def _scale(model: LlavaForConditionalGeneration, generator: torch.Generator) -> None:
+def scale(model: nn.Module, generator: torch.Generator) -> None:
     """Peaked attention, calm residuals: mistakes show at 1e-1, rounding stays below 1e-5."""
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)

@@ -89,8 +89,8 @@ _COMMON |= {"depth": LAYERS, "num_heads": HEADS, "num_classes": 0}
 
 
 def eva(**options: Any) -> nn.Module:
-    """EVA: [CLS], learned positions, no rotation."""
-    return _timm(Eva(**{**_COMMON, "global_pool": "token", **options}))
+    """EVA: [CLS], learned positions, no rotation; with two registers."""
+    return _timm(Eva(**{**_COMMON, "global_pool": "token", "num_reg_tokens": 2, **options}))
 
 
 def eva02(**options: Any) -> nn.Module:
@@ -197,3 +197,47 @@ def maps(tower: nn.Module, x: Tensor) -> list[Tensor]:
     with Watch() as watch:
         tower(x)
     return [(q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) for q, k in watch.seen]
+
+
+def from_transformers(tower: nn.Module) -> nn.Module:
+    """The weights of a `CLIPVisionModel` in open_clip's class; its output is the pooled [CLS]."""
+    config: Any = tower.config
+    assert config.hidden_act in ("gelu", "quick_gelu")
+    width = config.hidden_size
+    made: Any = _build_vision_tower(
+        width,
+        CLIPVisionCfg(
+            layers=config.num_hidden_layers,
+            width=width,
+            head_width=width // config.num_attention_heads,
+            mlp_ratio=config.intermediate_size / width,
+            patch_size=config.patch_size,
+            image_size=config.image_size,
+        ),
+        quick_gelu=config.hidden_act == "quick_gelu",
+    )
+    held = getattr(tower, "vision_model", tower).state_dict()
+    weights = {"proj": torch.eye(width)}
+    for ours, theirs in (
+        ("class_embedding", "embeddings.class_embedding"),
+        ("conv1.weight", "embeddings.patch_embedding.weight"),
+        ("positional_embedding", "embeddings.position_embedding.weight"),
+    ):
+        weights[ours] = held[theirs]
+    for part in ("weight", "bias"):
+        weights[f"ln_pre.{part}"] = held[f"pre_layrnorm.{part}"]
+        weights[f"ln_post.{part}"] = held[f"post_layernorm.{part}"]
+        for number in range(config.num_hidden_layers):
+            block, layer = f"transformer.resblocks.{number}", f"encoder.layers.{number}"
+            three = [held[f"{layer}.self_attn.{name}_proj.{part}"] for name in "qkv"]
+            weights[f"{block}.attn.in_proj_{part}"] = torch.cat(three)
+            for ours, theirs in (
+                ("attn.out_proj", "self_attn.out_proj"),
+                ("ln_1", "layer_norm1"),
+                ("ln_2", "layer_norm2"),
+                ("mlp.c_fc", "mlp.fc1"),
+                ("mlp.c_proj", "mlp.fc2"),
+            ):
+                weights[f"{block}.{ours}.{part}"] = held[f"{layer}.{theirs}.{part}"]
+    made.load_state_dict(weights)
+    return made.eval()

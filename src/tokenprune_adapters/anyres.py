@@ -1,0 +1,69 @@
+"""Any-resolution images: which crop and patch every packed token of LLaVA-NeXT is.
+
+The model's own packing (grid, unpadding, newlines) is run on an index instead of on features, so
+nothing of it is repeated here and every version is followed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rowing import Rows
+
+NEWLINE = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """How the crops of some images become sequences of tokens.
+
+    Attributes:
+        sources: for each image `(packed,)` int64: where each packed token comes from, counted over
+            the crops of all images, `crop * patches + patch`; -1 is a newline.
+        crops: crops of each image, the base view first.
+        patches: tokens per crop.
+    """
+
+    sources: tuple[Tensor, ...]
+    crops: tuple[int, ...]
+    patches: int
+
+    @classmethod
+    def of(cls, core: Any, image_sizes: Tensor, patches: int) -> Packing:
+        """The packing of images of `(images, 2)` height and width by the model `core`."""
+        crops = tuple(_crops(core, size) for size in image_sizes)
+        index = torch.arange(sum(crops) * patches).reshape(-1, patches, 1)
+        packed, _ = core.pack_image_features(
+            list(torch.split(index, list(crops))),
+            image_sizes,
+            vision_feature_select_strategy="default",
+            image_newline=torch.tensor([NEWLINE]),
+        )
+        return cls(tuple(each.squeeze(-1) for each in packed), crops, patches)
+
+    def per_image(self) -> Rows:
+        """One row per image: its patches that are packed, in packed order."""
+        return Rows.of([source[source != NEWLINE] for source in self.sources], self.patches)
+
+    def per_crop(self) -> Rows:
+        """One row per crop: its patches that are packed, in raster order."""
+        present = torch.zeros(sum(self.crops) * self.patches, dtype=torch.bool)
+        for source in self.sources:
+            present[source[source != NEWLINE]] = True
+        numbers = torch.arange(present.shape[0]).reshape(-1, self.patches)
+        return Rows.of([each[present[each]] for each in numbers], self.patches)
+
+
+def _crops(core: Any, size: Tensor) -> int:
+    """Crops of an image of `size` (height, width): the model's own count."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    vision = core.config.vision_config
+    count: int = image_size_to_num_patches(
+        size, core.config.image_grid_pinpoints, vision.image_size
+    )
+    return count
