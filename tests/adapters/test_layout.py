@@ -98,12 +98,19 @@ def test_causal_masks(case: tuple[Tensor | None, int, int, int]) -> None:
     assert flash is valid
 
 
+def _spread(projected: Tensor, plan: Plan) -> Tensor:
+    """Where every row of the plan is one image."""
+    images = len(plan.anchors)
+    index = plan.anchors + torch.arange(images)[:, None] * plan.tokens
+    return spread(projected, index, plan.mask, (images, plan.tokens))
+
+
 @given(keeps(), st.integers(1, 3))
 def test_marks_stand_where_tokens_were_dropped(keep: Tensor, channels: int) -> None:
     plan = Plan.select(keep)
     kept = plan.anchors.shape[1]
     projected = torch.randn(len(keep), kept, channels, generator=torch.Generator().manual_seed(0))
-    features = spread(projected, plan)
+    features = _spread(projected, plan)
     assert features.shape == (*keep.shape, channels)
     assert torch.equal(marked(features), ~keep)
     assert torch.equal(plan(features), projected.masked_fill(~plan.mask[:, :, None], 0))
@@ -112,7 +119,7 @@ def test_marks_stand_where_tokens_were_dropped(keep: Tensor, channels: int) -> N
 def test_marks_of_merged_tokens_stand_at_their_anchors() -> None:
     groups = torch.tensor([[4, 1, 4, 1, 2]])
     plan = Plan.group(groups, torch.ones(1, 5))
-    features = spread(torch.tensor([[[1.0], [2.0], [3.0]]]), plan)
+    features = _spread(torch.tensor([[[1.0], [2.0], [3.0]]]), plan)
     assert features[0, :, 0].tolist() == [1.0, 2.0, -torch.inf, -torch.inf, 3.0]
 
 

@@ -19,8 +19,7 @@ from transformers import LlavaForConditionalGeneration
 import tokenprune
 from support.llava import Row, collate, generate, picture, prompts, pruned, spec, tiny_llava
 from support.oracle import greedy_batch
-from tokenprune import AttachError, Observation, Removable, Signal
-from tokenprune_adapters.models import llava as llava_adapter
+from tokenprune import AttachError, Removable
 from tokenprune_adapters.towers.hf_clip import ClipTowerAdapter
 
 from .conftest import MakeLlava, leftovers
@@ -123,30 +122,20 @@ def _break(*args: object) -> None:
     raise ZeroDivisionError
 
 
-class _HalfATower(ClipTowerAdapter):
-    """Fails half-way through its installation."""
+def test_a_tower_adapter_that_fails_half_way(
+    snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = ClipTowerAdapter.install
 
-    def install(
-        self,
-        tower: nn.Module,
-        signals: frozenset[Signal],
-        observation: Observation,
-        feature_layer: int,
-    ) -> Iterator[Removable]:
-        for number, handle in enumerate(
-            super().install(tower, signals, observation, feature_layer)
-        ):
+    def half(self: Any, tower: nn.Module, *rest: Any) -> Iterator[Removable]:
+        for number, handle in enumerate(complete(self, tower, *rest)):
             yield handle
             if number == 2:
                 assert leftovers(tower)
                 raise ZeroDivisionError
 
-
-def test_a_tower_adapter_that_fails_half_way(
-    snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
-) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(llava_adapter, "tower_adapter", lambda tower: _HalfATower())
+        patch.setattr(ClipTowerAdapter, "install", half)
         with pytest.raises(ZeroDivisionError):
             tokenprune.attach(snapshot.model, spec(4))
     snapshot.check()

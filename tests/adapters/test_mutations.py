@@ -18,7 +18,7 @@ from support.oracle import compressed_embeddings, greedy_batch, hidden_states, l
 from tokenprune_adapters import layout
 from tokenprune_adapters.llms import inside, segment, shorten
 from tokenprune_adapters.llms.cache import ShortenedLayer
-from tokenprune_adapters.towers import hf_clip
+from tokenprune_adapters.towers import hf_clip, taps
 
 from .conftest import MakeLlava
 
@@ -227,8 +227,8 @@ def layers_up_to_the_end_of_the_tower(patch: Patch) -> None:
     def resolve(layers: Any, feature_layer: int, count: int) -> tuple[int, ...]:
         return resolve_layers(layers, count - 1, count)
 
-    resolve_layers = hf_clip.resolve_layers
-    patch.setattr(hf_clip, "resolve_layers", resolve)
+    resolve_layers = taps.resolve_layers
+    patch.setattr(taps, "resolve_layers", resolve)
 
 
 def heads_torn_apart(patch: Patch) -> None:
