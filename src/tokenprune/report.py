@@ -30,8 +30,8 @@ class Report:
     Attributes:
         images: visual tokens of each image of the latest call, in order, before the first stage and
             after the last.
-        layers: the latest call's visual tokens, all images together, in the LLM: pairs of a layer
-            and the tokens from that layer on.
+        layers: the latest call's visual tokens, all images together, in the LLM (or in a tower that
+            is itself the model): pairs of a layer and the tokens from that layer on.
         calls: batches of images reduced since attaching.
         tokens_before, tokens_after: visual tokens of all those calls.
         selector_seconds: time spent scoring, deciding and applying, over all calls.
@@ -64,7 +64,7 @@ class Report:
         ]
         if len(self.layers) > 1:
             steps = ", ".join(f"{tokens} from layer {layer}" for layer, tokens in self.layers)
-            lines.append(f"in the LLM      {steps}")
+            lines.append(f"by layer        {steps}")
         if self.kv_bytes_vanilla:
             lines.append(
                 f"KV cache        {_bytes(self.kv_bytes)} of {_bytes(self.kv_bytes_vanilla)}, "
@@ -97,9 +97,10 @@ class Record:
         self.counted(before, {0: reduction.plan.lengths})
 
     def decided(self, reduction: Reduction) -> None:
-        """Note a reduction as the latest, without counting tokens."""
+        """Note a reduction as the latest, without counting tokens; KV bytes are not known yet."""
         with self._lock:
             self._last = reduction
+            self._update(kv_bytes=0, kv_bytes_vanilla=0)
 
     def counted(self, before: tuple[int, ...], after: Mapping[int, tuple[int, ...]]) -> None:
         """Note the visual tokens of a batch of images: one call.

@@ -78,7 +78,7 @@ def tokenprune_models() -> Iterable[ModelPlugin]:
     """Models of transformers, and towers of open_clip as models of their own."""
     yield ModelPlugin(
         "hf-llava",
-        "LLaVA-1.5 of transformers, before the LLM",
+        "LLaVA-1.5 of transformers, before the LLM and after its layers",
         _llava,
         ("transformers.models.llava.modeling_llava.LlavaForConditionalGeneration",),
     )
