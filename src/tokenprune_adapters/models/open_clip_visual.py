@@ -150,6 +150,7 @@ class _Step(NotCopyable):
                 "(forward_intermediates?), where tokens that are missing would be taken for "
                 "others; call the tower itself, or detach first"
             )
+        self.vit.check_mask(kwargs)
         scratch, hidden = self.observation.scratch, self.vit.batched(args[0])
         front, patches = hidden[:, : self.vit.prefix], hidden[:, self.vit.prefix :]
         with self.record.selecting(hidden.device), torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,14 @@ class Vit:
                 "so tokens have no known place; call model.eval()"
             )
 
+    def check_mask(self, kwargs: Mapping[str, Any]) -> None:
+        """Refuse blocks that are called with a mask, which nothing here looks at."""
+        if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
+            raise UnsupportedError(
+                f"{self.name} runs with an attention mask, under which its attention cannot be "
+                "read nor its tokens be taken out"
+            )
+
     def patches(self, hidden: Tensor) -> Tensor:
         """`(batch, tokens, channels)` of what a block gets or gives."""
         return self.batched(hidden)[:, self.prefix :]
@@ -119,7 +127,7 @@ class OpenClipTowerAdapter(TowerAdapter):
         if vit.pool is not None and any(isinstance(s, PoolAttention) for s in signals):
             pool = _PoolTap(observation)
             yield vit.pool.register_forward_pre_hook(pool.before)
-        yield tower.register_forward_hook(hooks.finish)
+        yield tower.register_forward_hook(hooks.finish, always_call=True)
 
 
 class _TowerHooks(NotCopyable):
@@ -142,9 +150,13 @@ class _TowerHooks(NotCopyable):
         self.reading.features(self.vit.patches(output))
 
     def finish(self, tower: nn.Module, args: object, output: object) -> None:
+        if output is None:  # an exception
+            self.reading.observation.forget()
+            return
         scratch = self.reading.observation.scratch
         entered, left = scratch["entering"].shape[1], scratch["features"].shape[1]
         if entered != left:
+            self.reading.observation.forget()
             raise UnsupportedError(
                 f"{self.vit.name} is attached and reduces its patches from {entered} to {left}, so "
                 "what is observed has no known place; detach it first, or observe another copy"
@@ -187,11 +199,7 @@ class _BlockTap(NotCopyable):
     def before(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.observation.running:
             return
-        if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
-            raise UnsupportedError(
-                f"{self.vit.name} runs with an attention mask, with which its attention cannot be "
-                "read"
-            )
+        self.vit.check_mask(kwargs)
         x = self.vit.batched(args[0] if args else next(iter(kwargs.values()))).detach()
         made, prefix, rope = Projections.of(attention), self.vit.prefix, kwargs.get("rope")
         turn = None

@@ -37,7 +37,7 @@ def test_tokens_per_layer_and_bytes(llava: Any) -> None:
     assert report.selector_seconds > 0
     lines = str(report).splitlines()
     assert lines[0] == "visual tokens   16 -> 3, 16 -> 3, 16 -> 3"
-    assert lines[2] == "in the LLM      48 from layer 0, 24 from layer 1, 9 from layer 2"
+    assert lines[2] == "by layer        48 from layer 0, 24 from layer 1, 9 from layer 2"
 
 
 def test_with_a_stage_before_the_llm(llava: Any) -> None:

@@ -232,6 +232,22 @@ def test_forward_intermediates_is_not_observed_but_works() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@torch.no_grad()
+def test_a_pass_that_failed_is_forgotten() -> None:
+    tower: Any = TOWERS["native"]()
+    last = blocks_of(tower)[-1]
+    with observe(tower, [Keys(layer=1)]) as seen:
+        tower(pictures(2))
+        handle = last.register_forward_pre_hook(lambda module, args: args[0].no_such_thing)
+        with pytest.raises(AttributeError):
+            tower(pictures())
+        handle.remove()
+        assert not seen.running
+        assert not seen.ready  # what was seen before is not taken for this pass
+        tower(pictures(1))
+        assert seen.tokens.features.shape[0] == 1
+
+
 def test_a_tower_without_cls_names_what_it_gives() -> None:
     says = "TimmModel cannot give ClsAttention; it gives .*Keys, PoolAttention, ReceivedAttention"
     with (

@@ -482,6 +482,22 @@ def test_an_attached_tower_is_not_observed() -> None:
             pickle.dumps(tower)
 
 
+def test_masks_are_refused() -> None:
+    tower: Any = TOWERS["native"]()
+    held = blocks_of(tower)[1].register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "attn_mask": torch.zeros(37, 37)}),
+        with_kwargs=True,
+    )
+    try:
+        with (
+            attach(tower, "random | evict(9) @ after-layer(1)"),
+            pytest.raises(UnsupportedError, match="runs with an attention mask"),
+        ):
+            tower(pictures())
+    finally:
+        held.remove()
+
+
 def test_patches_dropped_at_random_are_refused() -> None:
     for tower in (native(patch_dropout=0.5), siglip(patch_drop_rate=0.5)):
         with attach(tower, "random | evict(9) @ after-layer(2)"):
