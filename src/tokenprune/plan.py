@@ -223,11 +223,12 @@ def _mix(weights: Tensor, x: Tensor) -> Tensor:
 
     Plain matrix products let inf and NaN through, because 0 * inf is NaN.
     """
-    finite = x.isfinite()
     with full_precision(x.device):
-        mixed = torch.bmm(weights, x.where(finite, 0))
-        if bool(finite.all()):
+        mixed = torch.bmm(weights, x)
+        # The sum of what came out is cheap, and not finite if anything that went in was not.
+        if bool(mixed.sum().isfinite()):
             return mixed
+        mixed = torch.bmm(weights, x.where(x.isfinite(), 0))
         member = (weights != 0).to(x.dtype)
         for value in (torch.inf, -torch.inf, torch.nan):
             there = x.isnan() if value != value else x == value

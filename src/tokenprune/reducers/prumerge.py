@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from einops import rearrange, reduce
@@ -38,6 +38,12 @@ class _Merging:
         normalize: merged tokens are weighted means. False, as released: a kept token counts in
             full, with others added by their attention, and the extra token is a plain sum.
     """
+
+    exempt: ClassVar[Mapping[str, str]] = {
+        "P6": "a token may merge into several others, or into none",
+        "P7": "an extra token of one member is that token times its attention",
+        "P10": "the paper's weights do not sum to one",
+    }
 
     keep: KeepLike | None = None
     per: Per = "image"
@@ -258,7 +264,8 @@ def _merge(
     keys = rearrange(
         signals[Keys(config.layer)], "batch heads tokens channels -> batch tokens (heads channels)"
     )
-    keys = torch.where(tokens.mask[:, :, None], keys, 0)
+    if any(real < slots for real in tokens.lengths):
+        keys = torch.where(tokens.mask[:, :, None], keys, 0)
     own = plan.anchors[:, :, None] == here[:, None, :]
     near = min(config.neighbours, max(slots - 1, 0))
     similar = cosine(take_rows(keys, plan.anchors), keys)

@@ -128,10 +128,10 @@ def _halve(
         slots = first.gather(1, stay)
         if not any(n > u > 0 for n, u in zip(lengths, left, strict=True)):
             break
-        moved, metric = take_rows(metric, source), take_rows(metric, stay)
+        moved, metric = wide(take_rows(metric, source)), wide(take_rows(metric, stay))
         if weight is not None:
-            moved = moved * weight.gather(1, source)[:, :, None]
-            metric = metric * weight.gather(1, stay)[:, :, None]
+            moved.mul_(weight.gather(1, source)[:, :, None])
+            metric.mul_(weight.gather(1, stay)[:, :, None])
             weight = None
         if min(merges) < most:
             moved.mul_(merging[:, :, None])
