@@ -98,9 +98,7 @@ class Plan:
         return plan
 
     @classmethod
-    def group(
-        cls, groups: Tensor, sizes: Tensor, lengths: tuple[int, ...] | None = None
-    ) -> Plan:
+    def group(cls, groups: Tensor, sizes: Tensor, lengths: tuple[int, ...] | None = None) -> Plan:
         """Merge the tokens of each group into their size-weighted mean.
 
         Args:

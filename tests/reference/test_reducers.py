@@ -152,6 +152,20 @@ def test_diverse_never_repeats_a_token() -> None:
     assert Diverse(4).plan(x, None, Signals()).anchors.tolist() == [[0, 1, 2, 3]]
 
 
+def test_diverse_is_nested_and_gets_closer() -> None:
+    x = torch.randn(1, 40, 6, generator=torch.Generator().manual_seed(0))
+    tokens = VisualTokens.of(x)
+    normal = torch.nn.functional.normalize(x[0], dim=-1)
+    before, closest = set(), 2.0
+    for keep in range(2, 40):
+        kept = Diverse(keep).plan(tokens, None, Signals()).anchors[0]
+        assert before < set(kept.tolist())
+        apart = 1 - normal[kept] @ normal[kept].T
+        apart.fill_diagonal_(2)
+        assert float(apart.min()) <= closest + 1e-6
+        before, closest = set(kept.tolist()), float(apart.min())
+
+
 @over_cases
 @over_shapes
 @pytest.mark.parametrize(("share", "step"), [(0.5, 8), (0.2, 2), (0.0, 3), (1.0, 1)])
