@@ -84,6 +84,8 @@ nothing about other training seeds. Blind: the same questions about a plain gray
 - Count seems to be read from the share of tokens that show objects: selection by salience, even by
   an oracle that keeps every object, makes it a guess. Where falls too at about a quarter of the
   tokens, with original position ids as with new ones. Report every type apart.
+- With few visual tokens left it often adds a second word instead of stopping. Its first word is
+  its answer: ask for `max_new_tokens=1`.
 - The questions are easy and the pictures are sparse: about a sixth of the patches shows an object.
 - One training seed; a claim about the order of methods needs several.
 """
