@@ -98,10 +98,10 @@ class ReduceInside(NotCopyable):
         assert images is not None
         seats = images.seats()
         if seats.index.shape[1] == 0:  # an earlier stage has withdrawn them all
-            run.segments[start] = replace(previous, layout=None)
+            run.segments[start] = self._segment(run, start, previous, None)
             return
-        with self.record.selecting(hidden.device):
-            reduction = self._decide(run, images, start, hidden, rotary, seats)
+        reduction = self._decide(run, images, start, hidden, rotary, seats)
+        run.inputs.clear()
         plan = reduction.plan
         self.record.decided(reduction)
         run.counts[start] = plan.lengths
@@ -214,7 +214,8 @@ class _BeforeLayer(NotCopyable):
         # Recomputation under gradient checkpointing comes by again, when all is decided.
         if number in self.inside.stages and number not in run.segments:
             rotary = run.rotary.get(run.start_of(number), kwargs["position_embeddings"])
-            self.inside.open_segment(run, number, hidden, rotary)
+            with self.inside.record.selecting(hidden.device):
+                self.inside.open_segment(run, number, hidden, rotary)
         start = run.start_of(number)
         segment = run.segments[start]
         if number == start > 0:
