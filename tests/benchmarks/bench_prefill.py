@@ -154,8 +154,8 @@ def main() -> None:
             both = zip(timed(model, inputs, case.spec), vanilla[-1], strict=True)
             llm, first = (new / old for new, old in both)
             ratios[case.name].append((llm, first))
-        whole = timed(model, text_prompt(PATCHES + TEXT), None)[0]
         for count, measured in bare.items():
+            whole = timed(model, text_prompt(PATCHES + TEXT), None)[0]
             measured.append(timed(model, text_prompt(count), None)[0] / whole)
     stock_llm = llm_flops((PATCHES + TEXT,) * LLM["layers"])
     stock_vision = vision_flops(PATCHES)
