@@ -13,7 +13,7 @@ EXAMPLES := docs/examples/tokenprune-sharpness docs/examples/tokenprune-pocketvl
 VERSIONS := 5.4.0 5.19.0 newest
 
 .PRECIOUS: .venv-%/.ready
-.PHONY: demo test lint types unit docs serve matrix fuzz bench train tables clean help
+.PHONY: demo test lint types unit docs serve matrix fuzz mutants bench train tables clean help
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 10
@@ -41,6 +41,11 @@ serve: $(READY)  ## the documentation at http://127.0.0.1:8000
 
 fuzz: $(READY)  ## property tests with 50 times the examples
 	TOKENPRUNE_HYPOTHESIS_PROFILE=fuzz $(PYTEST) tests/core tests/reference tests/conformance
+
+mutants: $(READY)  ## change what decides, one thing at a time, and count what no test notices
+	$(BIN)/python -m pip install --quiet "mutmut>=3.8"
+	$(SINGLE) $(BIN)/mutmut run --max-children $(JOBS)
+	$(BIN)/mutmut results
 
 bench: $(READY)  ## ratios to reference implementations
 	set -e; for script in tests/benchmarks/bench_*.py; do $(SINGLE) $(BIN)/python $$script; done

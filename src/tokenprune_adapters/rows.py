@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from einops import rearrange
 from torch import Tensor
 
+from tokenprune.precision import full_precision
 
-def attention_row(query: Tensor, keys: Tensor, heads: int, scale: float) -> Tensor:
-    """The attention of one query to all keys, softmax in float32.
+_CHUNK = 2**22
+"""Most elements of the piece of an attention matrix that is looked at in one go."""
+
+
+def attention(query: Tensor, keys: Tensor) -> Tensor:
+    """Attention of some queries to all keys, softmax in float32.
 
     Args:
-        query: `(batch, 1, heads * channels)` as the projection gives it.
-        keys: `(batch, tokens, heads * channels)`.
-        heads: attention heads.
-        scale: what the dot product is multiplied with, usually channels ** -0.5.
+        query: `(batch, heads, queries, channels)`.
+        keys: `(batch, heads or fewer, tokens, channels)`; several heads may share one of keys.
 
     Returns:
-        `(batch, heads, tokens)` float32; rows sum to one.
+        `(batch, heads, queries, tokens)` float32; rows sum to one.
     """
-    q = rearrange(query.float(), "batch 1 (heads channels) -> batch heads channels", heads=heads)
-    split = "batch tokens (heads channels) -> batch heads channels tokens"
-    k = rearrange(keys.float(), split, heads=heads)
-    logits = (q[:, :, None, :] @ k).squeeze(2) * scale
-    return torch.softmax(logits, dim=-1)
+    if keys.shape[1] != query.shape[1]:
+        keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+    with full_precision(query.device):
+        logits = query.float() @ keys.float().mT
+        return torch.softmax(logits / math.sqrt(query.shape[-1]), dim=-1)
+
+
+def attention_margins(query: Tensor, keys: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """Means over the queries and over the keys of the attention among patches.
+
+    The matrix is looked at in pieces and never kept.
+
+    Args:
+        query: `(batch, heads, prefix + tokens, channels)`.
+        keys: as for `attention`.
+        prefix: tokens before the patches, which count in the softmax alone.
+
+    Returns:
+        What each patch receives and what it gives, `(batch, heads, tokens)` float32 both.
+    """
+    query = query[:, :, prefix:]
+    batch, heads, tokens = query.shape[:3]
+    received, given = query.new_zeros(batch, heads, tokens, dtype=torch.float32), []
+    for part in torch.split(query, max(1, _CHUNK // (batch * heads * keys.shape[2])), dim=2):
+        among = attention(part, keys)[:, :, :, prefix:]
+        received += among.sum(2)
+        given.append(among.mean(3))
+    return received / max(tokens, 1), torch.cat(given, dim=2)

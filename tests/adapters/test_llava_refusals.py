@@ -15,11 +15,11 @@ import tokenprune
 from support.llava import (
     PATCHES,
     Row,
-    _scale,
     collate,
     generate,
     prompts,
     pruned,
+    scale,
     spec,
     tiny_llava,
 )
@@ -127,7 +127,7 @@ def _mistral(window: int | None) -> LlavaForConditionalGeneration:
         vision_feature_layer=-2,
     )
     model = LlavaForConditionalGeneration(config).eval()
-    _scale(model, torch.Generator().manual_seed(0))
+    scale(model, torch.Generator().manual_seed(0))
     return model
 
 

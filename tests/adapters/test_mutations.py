@@ -209,8 +209,8 @@ def cls_column_not_skipped(patch: Patch) -> None:
 
 
 def _edit_rows(patch: Patch, change: Callable[[Tensor], Tensor]) -> None:
-    attention_row = hf_clip.attention_row
-    patch.setattr(hf_clip, "attention_row", lambda *args: change(attention_row(*args)))
+    attention = hf_clip.attention
+    patch.setattr(hf_clip, "attention", lambda *args: change(attention(*args)))
 
 
 def first_patch_taken_for_cls(patch: Patch) -> None:
@@ -234,15 +234,15 @@ def layers_up_to_the_end_of_the_tower(patch: Patch) -> None:
 def heads_torn_apart(patch: Patch) -> None:
     """Channels of one head taken for one channel of every head."""
 
-    def row(query: Tensor, keys: Tensor, heads: int, scale: float) -> Tensor:
-        return attention_row(*(_torn(x, heads) for x in (query, keys)), heads, scale)
-
-    attention_row = hf_clip.attention_row
-    patch.setattr(hf_clip, "attention_row", row)
+    attention = hf_clip.attention
+    patch.setattr(hf_clip, "attention", lambda *args: attention(*map(_torn, args)))
 
 
-def _torn(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (-1, heads)).transpose(-1, -2).flatten(-2)
+def _torn(x: Tensor) -> Tensor:
+    """`(batch, heads, tokens, channels)`, its heads made of the wrong channels."""
+    batch, heads, tokens, channels = x.shape
+    flat = x.transpose(1, 2).reshape(batch, tokens, channels, heads)
+    return flat.permute(0, 3, 1, 2)
 
 
 REINDEXED, ORIGINAL = batch("reindexed"), batch("original")

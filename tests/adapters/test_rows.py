@@ -13,7 +13,7 @@ import tokenprune
 from support.llava import collate, generate, picture, prompts, tiny_llava
 from support.oracle import eager_rows, eager_scores, greedy_batch, kept_indices
 from tokenprune import ClsAttention, Evict, Keys, MissingSignalError, ShapeError, UnsupportedError
-from tokenprune_adapters.rows import attention_row
+from tokenprune_adapters.rows import attention
 
 from .conftest import MakeLlava, leftovers
 
@@ -167,18 +167,38 @@ def test_nothing_is_kept_after_a_pass_was_used(llava: MakeLlava) -> None:
 
 
 def test_a_row_by_hand() -> None:
-    """Two heads of one channel: softmax(scale * q * k) per head."""
-    query = torch.tensor([[[1.0, 2.0]]])
-    keys = torch.tensor([[[0.0, 1.0], [1.0, -1.0], [2.0, 0.5]]])
-    got = attention_row(query, keys, heads=2, scale=0.5)
+    """One query, two heads of four channels: softmax(q . k / 2) per head."""
+    query = torch.tensor([[[[1.0, 0, 0, 0]], [[0, 2.0, 0, 0]]]])
+    first = [[0.0, 9, 9, 9], [1.0, 9, 9, 9], [2.0, 9, 9, 9]]
+    second = [[9, 1.0, 9, 9], [9, -1.0, 9, 9], [9, 0.5, 9, 9]]
+    got = attention(query, torch.tensor([[first, second]]))
     by_hand = [[0.0, 0.5, 1.0], [1.0, -1.0, 0.5]]
-    torch.testing.assert_close(got[0], torch.tensor(by_hand).softmax(-1))
+    torch.testing.assert_close(got[0, :, 0], torch.tensor(by_hand).softmax(-1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rows_are_float32_whatever_the_model_is(dtype: torch.dtype) -> None:
     """Logits beyond the range of float16 do not become NaN."""
-    query, keys = torch.full((1, 1, 8), 300.0), torch.full((1, 4, 8), 300.0)
-    got = attention_row(query.to(dtype), keys.to(dtype), heads=2, scale=1.0)
+    query, keys = torch.full((1, 2, 1, 4), 300.0), torch.full((1, 2, 4, 4), 300.0)
+    got = attention(query.to(dtype), keys.to(dtype))
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got, torch.full((1, 2, 4), 0.25))
+    torch.testing.assert_close(got, torch.full((1, 2, 1, 4), 0.25))
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_received_and_given_attention_are_margins_of_the_eager_matrix(tower: str) -> None:
+    """Among patches alone: [CLS] counts in the softmax, and neither gives nor receives."""
+    vision = tiny_llava("eager", tower=tower, select="default" if tower == "clip" else "full")
+    vision = vision.model.vision_tower
+    images = torch.stack([picture(1), picture(2)])
+    asked = [tokenprune.ReceivedAttention(layers=2), tokenprune.GivenAttention(layers=(1, -1))]
+    with torch.no_grad():
+        maps = vision(pixel_values=images, output_attentions=True).attentions
+        with tokenprune.observe(vision, asked) as seen:
+            vision(pixel_values=images)
+    prefix = 1 if tower == "clip" else 0
+    among = torch.stack(maps, dim=1)[..., prefix:, prefix:]
+    received = among[:, -3:-1].mean(-2)
+    given = among[:, [1, -1]].mean(-1)
+    torch.testing.assert_close(seen.signals[asked[0]], received, atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen.signals[asked[1]], given, atol=1e-5, rtol=0)

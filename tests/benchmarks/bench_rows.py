@@ -21,12 +21,12 @@ from rich.table import Table
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import tokenprune
-from tokenprune_adapters.rows import attention_row
+from tokenprune_adapters.rows import attention
 
 LAYERS = 3
 
 
-def tower(attention: str, dtype: torch.dtype) -> CLIPVisionModel:
+def tower(implementation: str, dtype: torch.dtype) -> CLIPVisionModel:
     config = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
@@ -34,7 +34,7 @@ def tower(attention: str, dtype: torch.dtype) -> CLIPVisionModel:
         num_attention_heads=16,
         image_size=336,
         patch_size=14,
-        attn_implementation=attention,
+        attn_implementation=implementation,
     )
     torch.manual_seed(0)
     return CLIPVisionModel(config).eval().to(dtype)
@@ -54,15 +54,15 @@ def seconds(run: Callable[[], object], rounds: int) -> float:
 def measure(dtype: torch.dtype, batch: int, rounds: int) -> tuple[str, ...]:
     """One row of the table."""
     pixels = torch.randn(batch, 3, 336, 336, dtype=dtype)
-    query = torch.randn(batch, 1, 1024, dtype=dtype)
-    keys = torch.randn(batch, 577, 1024, dtype=dtype)
+    query = torch.randn(batch, 16, 1, 64, dtype=dtype)
+    keys = torch.randn(batch, 577, 16, 64, dtype=dtype).transpose(1, 2)
     sdpa, eager = tower("sdpa", dtype), tower("eager", dtype)
 
     def released() -> Any:
         return eager(pixel_values=pixels, output_attentions=True, output_hidden_states=True)
 
     plain = seconds(lambda: sdpa(pixel_values=pixels), rounds)
-    row = seconds(lambda: attention_row(query, keys, 16, 64**-0.5), 10 * rounds)
+    row = seconds(lambda: attention(query, keys), 10 * rounds)
     with tokenprune.observe(sdpa, [tokenprune.ClsAttention(LAYERS)]) as seen:
         sdpa(pixel_values=pixels)
         held = sum(answer.nbytes for answer in seen.signals.values())

@@ -10,9 +10,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenprune.adapter import NotCopyable, Observation, Removable, TowerAdapter
-from tokenprune.signals import ClsAttention, Keys, Signal
+from tokenprune.signals import ClsAttention, GivenAttention, Keys, ReceivedAttention, Signal
 
-from ..rows import attention_row
+from ..rows import attention, attention_margins
 from .taps import Reading
 
 
@@ -23,7 +23,8 @@ class _EncoderTower(TowerAdapter):
     prefix: int = 0
 
     def provides(self, tower: nn.Module) -> frozenset[type[Signal]]:
-        return frozenset({Keys, ClsAttention} if self.prefix else {Keys})
+        common: frozenset[type[Signal]] = frozenset({Keys, ReceivedAttention, GivenAttention})
+        return common | {ClsAttention} if self.prefix else common
 
     def install(
         self,
@@ -68,11 +69,10 @@ class _Taps(NotCopyable):
     def install(self) -> Iterator[Removable]:
         yield self.tower.register_forward_pre_hook(self.begin, with_kwargs=True)
         for number, kinds in self.reading.kinds().items():
-            attention = self.layers[number].self_attn
-            rows, keys = ClsAttention in kinds, Keys in kinds
-            tap = _LayerTap(self, number, attention, rows=rows, keys=keys)
-            yield attention.q_proj.register_forward_hook(tap.query)
-            yield attention.k_proj.register_forward_hook(tap.key)
+            block = self.layers[number].self_attn
+            tap = _LayerTap(self, number, block.num_heads, frozenset(kinds))
+            yield block.q_proj.register_forward_hook(tap.query)
+            yield block.k_proj.register_forward_hook(tap.key)
         yield self.layers[self.reading.feature_layer].register_forward_hook(self.features)
         yield self.tower.register_forward_hook(self.finish, always_call=False)
 
@@ -89,7 +89,7 @@ class _Taps(NotCopyable):
 
 @dataclass(eq=False)
 class _LayerTap(NotCopyable):
-    """Hooks of one attention block: the row is computed in the later of the two.
+    """Hooks of one attention block: what is read is computed in the later of the two.
 
     Signals take no part in autograd, and a layer that gradient checkpointing runs once more, long
     after the tower is done, is not observed again.
@@ -97,33 +97,32 @@ class _LayerTap(NotCopyable):
 
     taps: _Taps
     number: int
-    attention: Any
-    rows: bool
-    keys: bool
+    heads: int
+    kinds: frozenset[type[Signal]]
 
     def query(self, projection: nn.Module, args: object, output: Tensor) -> None:
-        if self.rows and self.taps.observation.running:
-            self.taps.observation.scratch["query", self.number] = output.detach()[:, :1]
-            self.row()
+        if self.taps.observation.running:
+            # Of the queries, [CLS] is enough for its row.
+            whole = {ReceivedAttention, GivenAttention} & self.kinds
+            self.note("query", output.detach() if whole else output.detach()[:, :1])
 
     def key(self, projection: nn.Module, args: object, output: Tensor) -> None:
-        if not self.taps.observation.running:
-            return
-        output = output.detach()
-        scratch = self.taps.observation.scratch
-        heads = self.attention.num_heads
-        if self.keys:
-            pattern = "batch tokens (heads channels) -> batch heads tokens channels"
-            patches = output[:, self.taps.prefix :]
-            scratch[Keys, self.number] = rearrange(patches, pattern, heads=heads)
-        if self.rows:
-            scratch["key", self.number] = output
-            self.row()
+        if self.taps.observation.running:
+            self.note("key", output.detach())
 
-    def row(self) -> None:
-        scratch = self.taps.observation.scratch
-        names = ("query", self.number), ("key", self.number)
-        if all(name in scratch for name in names):
-            query, keys = (scratch.pop(name) for name in names)
-            row = attention_row(query, keys, self.attention.num_heads, self.attention.scale)
-            scratch[ClsAttention, self.number] = row[:, :, self.taps.prefix :]
+    def note(self, name: str, output: Tensor) -> None:
+        """Keep `(batch, tokens, heads * channels)`; with queries and keys there, read them."""
+        scratch, number, prefix = self.taps.observation.scratch, self.number, self.taps.prefix
+        split = "batch tokens (heads channels) -> batch heads tokens channels"
+        scratch[name, number] = rearrange(output, split, heads=self.heads)
+        if ("query", number) not in scratch or ("key", number) not in scratch:
+            return
+        query, keys = scratch.pop(("query", number)), scratch.pop(("key", number))
+        if Keys in self.kinds:
+            scratch[Keys, number] = keys[:, :, prefix:]
+        if ClsAttention in self.kinds:
+            scratch[ClsAttention, number] = attention(query[:, :, :1], keys)[:, :, 0, prefix:]
+        if {ReceivedAttention, GivenAttention} & self.kinds:
+            received, given = attention_margins(query, keys, prefix)
+            scratch[ReceivedAttention, number] = received
+            scratch[GivenAttention, number] = given

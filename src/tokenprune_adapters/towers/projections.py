@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from tokenprune.errors import UnsupportedError
 from tokenprune.precision import full_precision
 
+from ..rows import attention, attention_margins
+
 _QUERY_KEY = {
     "in_proj_weight",
     "in_proj_bias",
@@ -51,8 +53,6 @@ _AFTER_ROWS = {
     "out_drop",
     "mlp",
 }
-_CHUNK = 2**22
-"""Most elements of the piece of an attention matrix that is looked at in one go."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +156,7 @@ class Projections:
             key = self.keys(context)
             if turn is not None:
                 query, key = turn(query), turn(key)
-            return _softmax(query, key)[:, :, 0]
+            return attention(query, key)[:, :, 0]
         with full_precision(context.device):
             # q . (W x + b) = (W' q) . x + a constant, which the softmax does not see: instead of
             # the keys of all tokens, one vector per head is projected.
@@ -186,14 +186,7 @@ class Projections:
         query, key = self.query(x, self.heads), self.keys(x)
         if turn is not None:
             query, key = turn(query), turn(key)
-        query = query[:, :, prefix:]
-        batch, heads, tokens = query.shape[:3]
-        received, given = query.new_zeros(batch, heads, tokens, dtype=torch.float32), []
-        for part in torch.split(query, max(1, _CHUNK // (batch * heads * key.shape[2])), dim=2):
-            among = _softmax(part, key)[:, :, :, prefix:]
-            received += among.sum(2)
-            given.append(among.mean(3))
-        return received / max(tokens, 1), torch.cat(given, dim=2)
+        return attention_margins(query, key, prefix)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,15 +213,6 @@ class Turn:
         layout = {"half": True} if self.half else {}  # the other layout is all that timm had first
         turned = apply_rot_embed_cat(patches, self.rope, **layout)
         return torch.cat([front, turned], dim=2).to(x.dtype)
-
-
-def _softmax(query: Tensor, key: Tensor) -> Tensor:
-    """`(batch, heads, queries, tokens)` float32; several heads of queries may share one of keys."""
-    if key.shape[1] != query.shape[1]:
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    with full_precision(query.device):
-        logits = query.float() @ key.float().mT
-        return torch.softmax(logits / math.sqrt(query.shape[-1]), dim=-1)
 
 
 def _parts(module: nn.Module) -> Iterator[str]:

@@ -332,8 +332,10 @@ def test_which_patches_stay_matters() -> None:
     tower = TOWERS["native"]()
     answers = []
     for seed in (0, 1):
-        with attach(tower, f"random(seed={seed}) | evict(3) @ after-layer(1)"):
+        with attach(tower, f"random(seed={seed}) | evict(3) @ after-layer(1)") as attached:
             answers.append(tower(pictures()))
+            first, second, _ = attached.last.tokens.positions.tolist()
+            assert first != second  # every picture has numbers of its own
     assert not torch.allclose(*answers, atol=1e-3)
 
 
@@ -377,14 +379,18 @@ def test_forward_intermediates_is_refused_while_pruned(name: str) -> None:
 def test_gradients_flow_to_what_stays() -> None:
     tower: Any = copy.deepcopy(TOWERS["native"]())
     x = pictures().requires_grad_()
+    with attach(tower, "random | evict(9) @ after-layer(1)") as attached:
+        tower(x).sum().backward()
+        run = ByHand(tower, y := pictures()[1].requires_grad_())
+        run.run(1).keep(attached.last.tokens.positions[1])
+        run.out().sum().backward()
+        assert x.grad is not None
+        same(x.grad[1], y.grad)
     with attach(tower, "random | evict(9) @ after-layer(1); tome(4) @ after-layer(3)"):
         with torch.no_grad():
             expected = tower(pictures())
         got = tower(x)
         same(got, expected)
-        got.sum().backward()
-        assert x.grad is not None
-        assert bool((x.grad != 0).any())
         tower.set_grad_checkpointing(True)
         with torch.no_grad():
             same(tower(pictures()), expected)
