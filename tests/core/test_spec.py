@@ -237,7 +237,7 @@ def test_one_and_one_point_zero_are_told_apart() -> None:
             SpecError,
             "positions must be 'reindexed' or 'original', got 'new'",
         ),
-        ("random|evict(3)@before-llm(3, 4)", SpecError, "before-llm takes positions"),
+        ("random|evict(3)@before-llm(3, 4, 5)", SpecError, "before-llm takes positions"),
         ("evict 3", SpecError, "cannot read 'evict 3' in 'evict 3'; a step looks like evict(128)"),
         ("random|evict(3", SpecError, "cannot read 'evict(3'"),
         ("random|evict)3(", SpecError, "cannot read 'evict)3('"),

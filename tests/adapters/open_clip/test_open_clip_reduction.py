@@ -381,11 +381,11 @@ def test_gradients_flow_to_what_stays() -> None:
     x = pictures().requires_grad_()
     with attach(tower, "random | evict(9) @ after-layer(1)") as attached:
         tower(x).sum().backward()
-        run = ByHand(tower, y := pictures()[1].requires_grad_())
-        run.run(1).keep(attached.last.tokens.positions[1])
-        run.out().sum().backward()
-        assert x.grad is not None
-        same(x.grad[1], y.grad)
+    run = ByHand(tower, y := pictures()[1].requires_grad_())
+    run.run(1).keep(attached.last.tokens.positions[1])
+    run.out().sum().backward()
+    assert x.grad is not None
+    same(x.grad[1], y.grad)
     with attach(tower, "random | evict(9) @ after-layer(1); tome(4) @ after-layer(3)"):
         with torch.no_grad():
             expected = tower(pictures())
