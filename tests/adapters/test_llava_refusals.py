@@ -234,9 +234,10 @@ _FOUR_D = torch.ones(3, 1, 41, 41, dtype=torch.bool).tril()
     ids=["generate static", "static", "4-D mask", "layer", "select", "positions", "projector"],
 )
 def test_calls_that_cannot_be_served(
-    llava: MakeLlava, use: Callable[[Any], Any], error: type[Exception], words: str
+    use: Callable[[Any], Any], error: type[Exception], words: str
 ) -> None:
-    model = llava()
+    # A model of its own: old transformers keep a static cache on it, even of a run that failed.
+    model = tiny_llava()
     with tokenprune.attach(model, spec(4)):
         with pytest.raises(error, match=words):
             use(model)

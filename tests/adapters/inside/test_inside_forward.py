@@ -15,6 +15,7 @@ import tokenprune
 from support.inside_oracle import Cut, Recompute, evict, greedy
 from support.llava import BOS, IMAGE, PATCHES, Row, collate, generate, picture, prompts, tiny_llava
 from tokenprune import AttachError, MissingSignalError, UnsupportedError
+from tokenprune_adapters.versions import VERSION
 
 POSITIONS = pytest.mark.parametrize("positions", ["original", "reindexed"])
 CUTS = ((1, 9, "cls"), (2, 4, "last"))
@@ -214,12 +215,14 @@ def test_an_exception_half_way_leaves_nothing_behind(llava: Any) -> None:
 # ---------------------------------------------------------------------------- what is refused
 
 
-def test_a_static_cache_is_refused(llava: Any) -> None:
+def test_a_static_cache_is_refused() -> None:
+    # A model of its own: old transformers keep a static cache on it, even of a run that failed.
+    model = tiny_llava()
     with (
-        tokenprune.attach(llava(), FASTV),
+        tokenprune.attach(model, FASTV),
         pytest.raises(UnsupportedError, match="static caches and custom 4-D masks"),
     ):
-        generate(llava(), collate(prompts()), cache_implementation="static")
+        generate(model, collate(prompts()), cache_implementation="static")
 
 
 def test_an_offloaded_cache_is_refused(llava: Any) -> None:
@@ -248,8 +251,8 @@ def test_a_quantised_cache_is_refused(llava: Any) -> None:
         generate(model, collate(prompts()), past_key_values=cache)
 
 
-def test_text_only_batches_may_use_any_cache(llava: Any) -> None:
-    model, texts = llava(), collate([Row([BOS, 31, 32, 33]), Row([BOS, 41, 42])])
+def test_text_only_batches_may_use_any_cache() -> None:
+    model, texts = tiny_llava(), collate([Row([BOS, 31, 32, 33]), Row([BOS, 41, 42])])
     vanilla = generate(model, texts, cache_implementation="static", steps=3)
     with tokenprune.attach(model, FASTV):
         answer = generate(model, texts, cache_implementation="static", steps=3)
@@ -277,6 +280,7 @@ def test_embeddings_without_ids_are_refused(llava: Any) -> None:
         model(**inputs, inputs_embeds=embeds)
 
 
+@pytest.mark.skipif(VERSION < (5, 18), reason="forward takes no encoder outputs there")
 @torch.no_grad()
 def test_features_of_unknown_origin(llava: Any) -> None:
     """Scores of the tower are refused for them; the LLM's own attention needs none."""
