@@ -14,7 +14,7 @@ from .errors import AttachError, SpecError, UnsupportedError
 from .plugins import registry
 from .report import Record, Report
 from .signals import Signal
-from .spec import parse_schedule, spec_of
+from .spec import parse_schedule, shown, spec_of
 from .strategy import Reduction, Stage
 
 _attached: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
@@ -174,11 +174,7 @@ def _install(stack: ExitStack, handles: Iterator[Removable]) -> None:
 
 
 def _shown(stages: tuple[Stage, ...]) -> str:
-    """The spec of `stages`, or their repr where a step belongs to no installed plugin."""
-    try:
-        return "; ".join(map(spec_of, stages))
-    except SpecError:
-        return repr(stages)
+    return "; ".join(map(shown, stages))
 
 
 def _check_signals(provided: frozenset[type[Signal]], stage: Stage, model: str) -> None:

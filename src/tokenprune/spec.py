@@ -67,6 +67,14 @@ def spec_of(value: Stage | Strategy | Placement | Scorer | Reducer) -> str:
     return _name_of(value) + _arguments_of(value)
 
 
+def shown(value: Stage | Strategy | Placement | Scorer | Reducer) -> str:
+    """For messages: the spec of `value`, or its repr where a step belongs to no plugin."""
+    try:
+        return spec_of(value)
+    except SpecError:
+        return repr(value)
+
+
 def _stages(part: str, spec: str, recipes: bool) -> list[Stage]:
     before, *after = _split(part, "@", spec)
     if len(after) > 1:

@@ -11,7 +11,7 @@ from tokenprune.budget import Budgeted
 from tokenprune.errors import UnsupportedError
 from tokenprune.placement import AfterLayer, BeforeLLM
 from tokenprune.plugins import registry
-from tokenprune.spec import spec_of
+from tokenprune.spec import shown
 from tokenprune.strategy import Stage
 
 from ..marks import marked
@@ -48,7 +48,7 @@ def before_llm(stages: tuple[Stage, ...]) -> Stage | None:
     if len(found) > 1:
         raise UnsupportedError(
             f"{len(found)} stages before the LLM; join them into one: "
-            + " | ".join(spec_of(stage.strategy) for stage in found)
+            + " | ".join(shown(stage.strategy) for stage in found)
         )
     return found[0] if found else None
 
@@ -63,7 +63,7 @@ def inside_llm(stages: tuple[Stage, ...], layers: int) -> dict[int, Stage]:
         if start in found:
             raise UnsupportedError(
                 f"two stages at after-layer({start}); join them into one: "
-                f"{spec_of(found[start].strategy)} | {spec_of(stage.strategy)}"
+                f"{shown(found[start].strategy)} | {shown(stage.strategy)}"
             )
         found[start] = stage
     return {start: found[start] for start in sorted(found) if start < layers}
@@ -73,7 +73,7 @@ def check_budgets(stages: tuple[Stage, ...]) -> None:
     """Refuse budgets per frame in models that take pictures only."""
     for step in (step for stage in stages for step in stage.strategy.steps):
         if isinstance(step, Budgeted) and step.per == "frame":
-            raise UnsupportedError(f"per='frame' in {spec_of(step)!r}: this model has no frames")
+            raise UnsupportedError(f"per='frame' in {shown(step)!r}: this model has no frames")
 
 
 def feature_layer(config: Any) -> int:
