@@ -235,6 +235,13 @@ def test_what_is_not_a_member_never_reaches_a_kept_token(data: st.DataObject) ->
                 assert out[row, slot].isnan().all() or (out[row, slot] == poison).all()
 
 
+def test_a_member_that_is_nan_makes_its_group_nan_and_no_other() -> None:
+    plan = Plan.group(torch.tensor([[0, 0, 1, 1]]), torch.ones(1, 4))
+    mixed = plan(torch.tensor([[[1.0], [torch.nan], [2.0], [4.0]]]))
+    assert mixed[0, 0].isnan()
+    assert mixed[0, 1] == 3
+
+
 def test_infinite_members_mix_as_means_do() -> None:
     plan = Plan.group(torch.tensor([[0, 0, 1, 1, 2]]), torch.ones(1, 5))
     x = torch.tensor([[[INF, -INF], [1.0, 1.0], [INF, 0.0], [-INF, 0.0], [4.0, 5.0]]])
