@@ -203,6 +203,32 @@ def test_fopru(tokens: int, mode: str, calm: bool) -> None:
     np.testing.assert_allclose(got, chosen, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("step", "chosen"), [(0.19, "received"), (0.21, "given")])
+def test_fopru_compares_variances_whatever_the_means_and_the_padding(
+    step: float, chosen: str
+) -> None:
+    x = VisualTokens.of(
+        torch.zeros(2, 4, 1), mask=torch.tensor([[True, True, False, False], [True] * 4])
+    )
+    # Row 1 always prefers what is given; row 0 only if it varies more, at a much higher mean.
+    margins = {
+        "received": torch.tensor([[0.1, 0.3, 9.0, -9.0], [0.2, 0.2, 0.2, 0.2]]),
+        "given": torch.tensor([[7.0, 7.0 + step, 7.0, 7.0], [0.1, 0.2, 0.3, 0.4]]),
+    }
+    received, given = (margins[name][:, None, None] for name in ("received", "given"))
+    signals = Signals({ReceivedAttention(1): received, GivenAttention(1): given})
+    got = FoPruScorer().score(x, signals)
+    assert torch.equal(got[0, :2], margins[chosen][0, :2])
+    assert torch.equal(got[1], margins["given"][1])
+
+
+def test_fopru_with_one_column_ranks_single_tokens() -> None:
+    margins = torch.rand(1, 1, 1, 9, generator=torch.Generator().manual_seed(0))
+    signals = Signals({ReceivedAttention(1): margins, GivenAttention(1): margins * 0})
+    tokens = VisualTokens.of(torch.zeros(1, 9, 1))
+    assert torch.equal(FoPruScorer("row", columns=1).score(tokens, signals), margins[:, 0, 0])
+
+
 def test_fopru_keeps_whole_rows_of_the_grid() -> None:
     margins = torch.rand(1, 1, 2, 30, generator=torch.Generator().manual_seed(0))
     signals = Signals({ReceivedAttention(1): margins, GivenAttention(1): margins * 0})
