@@ -44,7 +44,7 @@ fuzz: $(READY)  ## property tests with 50 times the examples
 
 mutants: $(READY)  ## change what decides, one thing at a time, and count what no test notices
 	$(BIN)/python -m pip install --quiet "mutmut>=3.8"
-	$(SINGLE) $(BIN)/mutmut run --max-children $(JOBS)
+	TOKENPRUNE_HYPOTHESIS_PROFILE=mutants $(SINGLE) $(BIN)/mutmut run --max-children $(JOBS)
 	$(BIN)/mutmut results
 
 bench: $(READY)  ## ratios to reference implementations

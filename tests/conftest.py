@@ -20,6 +20,8 @@ settings.register_profile(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
+# A mutant that 10 examples don't notice counts as not noticed: the score is a lower bound.
+settings.register_profile("mutants", parent=settings.get_profile("ci"), max_examples=10)
 settings.load_profile(os.environ.get("TOKENPRUNE_HYPOTHESIS_PROFILE", "ci"))
 
 # Tiny tensors gain nothing from threads, and xdist runs one process per core.
