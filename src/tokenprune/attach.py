@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import nn
 
 from .adapter import Observation, Removable
@@ -165,12 +167,20 @@ def _stages(stages: tuple[Stage | str, ...]) -> Iterator[Stage]:
 
 def _install(stack: ExitStack, handles: Iterator[Removable]) -> None:
     """Take every handle as it is made; if making one fails, undo the others."""
+    _forget_compiled()
+    stack.callback(_forget_compiled)
     try:
         for handle in handles:
             stack.callback(handle.remove)
     except BaseException:
         stack.close()
         raise
+
+
+def _forget_compiled() -> None:
+    """Code of `torch.compile` is not checked for hooks that came or went since: compile anew."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _shown(stages: tuple[Stage, ...]) -> str:

@@ -27,10 +27,12 @@ def tiny_llava(
     tower: str = "clip",
     feature_layer: int | list[int] = -2,
     select: str = "default",
+    layers: tuple[int, int] = (5, 3),
 ) -> LlavaForConditionalGeneration:
     """Random weights, scaled so that attention is peaked and logits are about 10.
 
-    With the default initialisation text hardly varies, and parity tests have no teeth.
+    With the default initialisation text hardly varies, and parity tests have no teeth. `layers` are
+    those of the tower and of the language model.
     """
     vision_config = {
         "clip": CLIPVisionConfig,
@@ -38,7 +40,7 @@ def tiny_llava(
     }[tower](
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=5,
+        num_hidden_layers=layers[0],
         num_attention_heads=4,
         image_size=32,
         patch_size=8,
@@ -47,7 +49,7 @@ def tiny_llava(
         vocab_size=100,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=3,
+        num_hidden_layers=layers[1],
         num_attention_heads=4,
         num_key_value_heads=2,
         pad_token_id=PAD,
