@@ -1,15 +1,17 @@
 """What reducing visual tokens saves of the prefill, against the arithmetic.
 
 A mid-size LLaVA with random weights: 26 M vision tower, 103 M language model of 8 layers, 576
-visual and 64 text tokens, batch 1, sdpa, float32. A ratio is the median of pairs: the vanilla model
+visual and 64 text tokens a prompt, sdpa, float32. A ratio is the median of pairs: the vanilla model
 and a stage, one right after the other in one process. With one thread it is taken of the process's
 own CPU time, which neighbours on a busy machine cannot lengthen much; with several, of wall time.
 
-Few tokens use a machine less well than many, whatever makes them few. So `bare` is the ratio that
+Few tokens use a machine less well than many, whatever makes them few: a matrix library packs the
+weights anew for each product, which 128 rows pay off worse than 640. So prompts come in batches
+(`--batch 1` shows that share of the machine), and `bare` is the ratio that
 vanilla layers reach on text prompts of as many tokens as the stage leaves them: what is above it is
 ours, what lies between it and the arithmetic is the machine's.
 
-    python tests/benchmarks/bench_prefill.py [--rounds 7] [--threads 1]
+    python tests/benchmarks/bench_prefill.py [--batch 4] [--rounds 7] [--threads 1]
 """
 
 from __future__ import annotations
@@ -128,20 +130,25 @@ def timed(model: Any, inputs: dict[str, Any], spec: str | None) -> tuple[float, 
     return watch.seconds, total
 
 
-def text_prompt(count: int) -> dict[str, Any]:
-    return {"input_ids": torch.randint(3, IMAGE, (1, count))}
+def text_prompts(batch: int, count: int) -> dict[str, Any]:
+    return {"input_ids": torch.randint(3, IMAGE, (batch, count))}
+
+
+def image_prompts(batch: int) -> dict[str, Any]:
+    inputs = text_prompts(batch, PATCHES + TEXT)
+    inputs["input_ids"][:, 5 : 5 + PATCHES] = IMAGE
+    return {**inputs, "pixel_values": torch.randn(batch, 3, 336, 336)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = mid_size_llava()
-    ids = torch.randint(3, IMAGE, (1, PATCHES + TEXT))
-    ids[:, 5 : 5 + PATCHES] = IMAGE
-    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 336, 336)}
+    inputs = image_prompts(options.batch)
     timed(model, inputs, None)
     lengths = sorted({count for case in cases() for count in case.slots})
     bare: dict[int, list[float]] = {count: [] for count in lengths}
@@ -155,11 +162,13 @@ def main() -> None:
             llm, first = (new / old for new, old in both)
             ratios[case.name].append((llm, first))
         for count, measured in bare.items():
-            whole = timed(model, text_prompt(PATCHES + TEXT), None)[0]
-            measured.append(timed(model, text_prompt(count), None)[0] / whole)
+            whole = timed(model, text_prompts(options.batch, PATCHES + TEXT), None)[0]
+            part = timed(model, text_prompts(options.batch, count), None)[0]
+            measured.append(part / whole)
     stock_llm = llm_flops((PATCHES + TEXT,) * LLM["layers"])
     stock_vision = vision_flops(PATCHES)
-    table = Table(title=f"medians of {options.rounds} pairs, {options.threads} thread(s)")
+    ran = f"batch {options.batch}, {options.threads} thread(s)"
+    table = Table(title=f"medians of {options.rounds} pairs, {ran}")
     columns = ("LLM", "bare", "analytic", "off by", "first token", "analytic", "off by")
     for heading in ("visual tokens kept", *columns):
         justify = "left" if heading.startswith("visual") else "right"
