@@ -25,11 +25,6 @@ def uniform(seed: int, ids: Tensor, counters: Tensor) -> Tensor:
     return numbers
 
 
-def check_seed(seed: int) -> bool:
-    """Whether `seed` can be one: an int >= 0."""
-    return isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0
-
-
 def _mix(x: Tensor) -> Tensor:
     """SplitMix64's output function on int64 that wraps around."""
     x = x + _signed(0x9E3779B97F4A7C15)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..budget import Budgeted
-from ..errors import BudgetError, SpecError
+from ..errors import BudgetError
+from ..fields import check_whole
 from ..metric import cosine
 from ..plan import Plan
 from ..signals import Signals
@@ -51,10 +52,10 @@ class ImportantDiverse(Budgeted, Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.important, bool) or not 0 <= self.important <= 1:
+        share = self.important
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
             raise BudgetError(f"important is a share in [0, 1], got {self.important!r}")
-        if isinstance(self.step, bool) or not isinstance(self.step, int) or self.step < 1:
-            raise SpecError(f"step must be an int >= 1, got {self.step!r}")
+        check_whole("step", self.step, 1)
 
     def plan(self, tokens: VisualTokens, scores: Tensor | None, signals: Signals) -> Plan:
         assert scores is not None, "Strategy checks that a scorer came before"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..budget import Budgeted
-from ..errors import SpecError
+from ..fields import check_whole
 from ..metric import squared_distances, wide
-from ..noise import check_seed, uniform
+from ..noise import uniform
 from ..plan import Plan
 from ..signals import Signals
 from ..strategy import Reducer
@@ -49,12 +49,8 @@ class KMeans(Budgeted, Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not check_seed(self.seed):
-            raise SpecError(f"seed must be an int >= 0, got {self.seed!r}")
-        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int):
-            raise SpecError(f"iterations must be an int >= 0, got {self.iterations!r}")
-        if self.iterations < 0:
-            raise SpecError(f"iterations must be an int >= 0, got {self.iterations!r}")
+        check_whole("seed", self.seed, 0)
+        check_whole("iterations", self.iterations, 0)
 
     def plan(self, tokens: VisualTokens, scores: Tensor | None, signals: Signals) -> Plan:
         counts = kept_counts(self.budget, tokens)

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias, get_args
 from einops import reduce
 from torch import Tensor
 
-from ..errors import SpecError
+from ..fields import check_choice
 
 Ensemble: TypeAlias = Literal["avg", "max", "min"]
 """The words of VTC-CLS, eq. 9."""
@@ -17,8 +17,7 @@ _REDUCTION = {"avg": "mean", "max": "max", "min": "min"}
 
 def check_ensemble(ensemble: str) -> None:
     """Refuse an unknown ensemble."""
-    if ensemble not in get_args(Ensemble):
-        raise SpecError(f"ensemble must be 'avg', 'max' or 'min', got {ensemble!r}")
+    check_choice("ensemble", ensemble, get_args(Ensemble))
 
 
 def ensembled(rows: Tensor, ensemble: Ensemble) -> Tensor:

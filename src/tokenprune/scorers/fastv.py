@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, get_args
 from einops import reduce
 from torch import Tensor
 
-from ..errors import SpecError
+from ..fields import check_choice
 from ..signals import LastQueryAttention, Signal, Signals, TextQueryAttention
 from ..strategy import Scorer
 from ..tokens import VisualTokens
@@ -31,8 +31,7 @@ class FastVScorer(Scorer):
     queries: Queries = "last"
 
     def __post_init__(self) -> None:
-        if self.queries not in get_args(Queries):
-            raise SpecError(f"queries must be 'last' or 'text', got {self.queries!r}")
+        check_choice("queries", self.queries, get_args(Queries))
 
     @property
     def signals(self) -> frozenset[Signal]:

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from ..errors import SpecError
+from ..fields import check_choice, check_whole
 from ..metric import wide
 from ..signals import GivenAttention, Layers, ReceivedAttention, Signal, Signals, check_layers
 from ..strategy import Scorer
@@ -41,12 +41,8 @@ class FoPruScorer(Scorer):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", check_layers(self.layers))
-        if self.mode not in get_args(Mode):
-            raise SpecError(f"mode must be 'rank' or 'row', got {self.mode!r}")
-        if self.columns is None:
-            return
-        if isinstance(self.columns, bool) or not isinstance(self.columns, int) or self.columns < 1:
-            raise SpecError(f"columns must be an int >= 1 or None, got {self.columns!r}")
+        check_choice("mode", self.mode, get_args(Mode))
+        check_whole("columns", self.columns, 1, or_none=True)
 
     @property
     def signals(self) -> frozenset[Signal]:

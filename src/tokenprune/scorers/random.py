@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import SpecError
-from ..noise import check_seed, uniform
+from ..fields import check_whole
+from ..noise import uniform
 from ..signals import Signals
 from ..strategy import Scorer
 from ..tokens import VisualTokens
@@ -28,8 +28,7 @@ class RandomScorer(Scorer):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not check_seed(self.seed):
-            raise SpecError(f"seed must be an int >= 0, got {self.seed!r}")
+        check_whole("seed", self.seed, 0)
 
     def score(self, tokens: VisualTokens, signals: Signals) -> Tensor:
         return uniform(self.seed, tokens.ids, tokens.positions)

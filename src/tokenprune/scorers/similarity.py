@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import SpecError
+from ..fields import check_whole
 from ..metric import cosine, moderate, wide
 from ..signals import Signals
 from ..strategy import Scorer
@@ -33,8 +33,7 @@ class SimilarityScorer(Scorer):
     pivots: int = 4
 
     def __post_init__(self) -> None:
-        if isinstance(self.pivots, bool) or not isinstance(self.pivots, int) or self.pivots < 1:
-            raise SpecError(f"pivots must be an int >= 1, got {self.pivots!r}")
+        check_whole("pivots", self.pivots, 1)
 
     def score(self, tokens: VisualTokens, signals: Signals) -> Tensor:
         x = moderate(torch.where(tokens.mask[:, :, None], tokens.features, 0))

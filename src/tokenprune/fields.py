@@ -1,0 +1,30 @@
+"""What the fields of steps may hold: `__post_init__` calls these."""
+
+from __future__ import annotations
+
+from .errors import SpecError
+
+
+def check_whole(name: str, value: object, least: int, or_none: bool = False) -> None:
+    """Refuse a field that is not an int of at least `least`.
+
+    Raises:
+        SpecError: what it must be, and what it was. `True` is no number here.
+    """
+    if value is None and or_none:
+        return
+    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+        return
+    alternative = " or None" if or_none else ""
+    raise SpecError(f"{name} must be an int >= {least}{alternative}, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Refuse a field that is none of `choices`.
+
+    Raises:
+        SpecError: what it must be, and what it was.
+    """
+    if value not in choices:
+        *first, last = map(repr, choices)
+        raise SpecError(f"{name} must be {', '.join(first)} or {last}, got {value!r}")
