@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
@@ -60,8 +61,14 @@ def test_a_tower_without_cls_lists_scorers_that_work(siglip: nn.Module) -> None:
     assert "cls-attention" not in str(caught.value).rpartition("work here:")[2]
 
 
-@pytest.mark.parametrize("scorer", ["random", "random(seed=3)", "uniform"])
-@pytest.mark.parametrize("tower", ["siglip", "clip"])
+@pytest.mark.parametrize(
+    ("tower", "scorer"),
+    [
+        *product(("siglip", "clip"), ("random", "random(seed=3)", "uniform")),
+        ("siglip", "received-attention"),
+        ("siglip", "pool-attention"),
+    ],
+)
 def test_those_scorers_do_work(siglip: Any, llava: MakeLlava, scorer: str, tower: str) -> None:
     model = siglip if tower == "siglip" else llava()
     with tokenprune.attach(model, f"{scorer} | evict(4) @ before-llm") as attachment:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 import tokenprune
 from support.llava import collate, generate, picture, prompts, tiny_llava
@@ -202,3 +203,38 @@ def test_received_and_given_attention_are_margins_of_the_eager_matrix(tower: str
     given = among[:, [1, -1]].mean(-1)
     torch.testing.assert_close(seen.signals[asked[0]], received, atol=1e-5, rtol=0)
     torch.testing.assert_close(seen.signals[asked[1]], given, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_pool_attention_is_what_the_probe_of_siglip_attends_to() -> None:
+    vision = tiny_llava(tower="siglip", select="full").model.vision_tower
+    images = torch.stack([picture(1), picture(2)])
+    hidden = vision(pixel_values=images).last_hidden_state
+    head = getattr(vision, "vision_model", vision).head
+    head.probe.mul_(20)  # so that it prefers some patches
+    weights = head.attention(
+        head.probe.expand(2, -1, -1), hidden, hidden, need_weights=True, average_attn_weights=False
+    )[1]
+    with tokenprune.observe(vision, [tokenprune.PoolAttention()]) as seen:
+        after = vision(pixel_values=images).last_hidden_state
+    assert torch.equal(after, hidden)
+    assert weights.std() > 0.01
+    got = seen.signals[tokenprune.PoolAttention()]
+    torch.testing.assert_close(got, weights[:, :, 0], atol=1e-5, rtol=0)
+
+
+def test_a_siglip_tower_without_a_head_has_no_pool_attention() -> None:
+    config = SiglipVisionConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        vision_use_head=False,
+    )
+    with (
+        pytest.raises(UnsupportedError, match="cannot give PoolAttention"),
+        tokenprune.observe(SiglipVisionModel(config), [tokenprune.PoolAttention()]),
+    ):
+        pass

@@ -6,13 +6,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from tokenprune.adapter import NotCopyable, Observation, Removable, TowerAdapter
-from tokenprune.signals import ClsAttention, GivenAttention, Keys, ReceivedAttention, Signal
+from tokenprune.signals import (
+    ClsAttention,
+    GivenAttention,
+    Keys,
+    PoolAttention,
+    ReceivedAttention,
+    Signal,
+)
 
 from ..rows import attention, attention_margins
+from .projections import Projections
 from .taps import Reading
 
 
@@ -24,7 +33,9 @@ class _EncoderTower(TowerAdapter):
 
     def provides(self, tower: nn.Module) -> frozenset[type[Signal]]:
         common: frozenset[type[Signal]] = frozenset({Keys, ReceivedAttention, GivenAttention})
-        return common | {ClsAttention} if self.prefix else common
+        cls: set[type[Signal]] = {ClsAttention} if self.prefix else set()
+        pool: set[type[Signal]] = {PoolAttention} if _pool(tower) is not None else set()
+        return common | cls | pool
 
     def install(
         self,
@@ -44,7 +55,19 @@ class ClipTowerAdapter(_EncoderTower):
 
 
 class SiglipTowerAdapter(_EncoderTower):
-    """`SiglipVisionModel`: patches only, so there is no [CLS] row to read."""
+    """`SiglipVisionModel`: patches only, so there is no [CLS] row, but its pooling head has one."""
+
+
+def _inner(tower: nn.Module) -> Any:
+    """What has the layers: transformers < 5.6 nests a tower once more."""
+    return getattr(tower, "vision_model", tower)
+
+
+def _pool(tower: nn.Module) -> nn.Module | None:
+    """The attention of SigLIP's pooling head, whose query is a learned probe."""
+    head = getattr(_inner(tower), "head", None)
+    pool: nn.Module | None = None if head is None else head.attention
+    return pool
 
 
 class _Taps(NotCopyable):
@@ -59,9 +82,7 @@ class _Taps(NotCopyable):
         prefix: int,
     ) -> None:
         self.tower = tower
-        # transformers < 5.6 nests the tower once more.
-        inner: Any = getattr(tower, "vision_model", tower)
-        self.layers: Any = inner.encoder.layers
+        self.layers: Any = _inner(tower).encoder.layers
         self.observation = observation
         self.prefix = prefix
         self.reading = Reading(signals, observation, feature_layer, len(self.layers))
@@ -74,6 +95,9 @@ class _Taps(NotCopyable):
             yield block.q_proj.register_forward_hook(tap.query)
             yield block.k_proj.register_forward_hook(tap.key)
         yield self.layers[self.reading.feature_layer].register_forward_hook(self.features)
+        pool = _pool(self.tower)
+        if pool is not None and PoolAttention() in self.reading.wanted:
+            yield pool.register_forward_pre_hook(self.pool)
         yield self.tower.register_forward_hook(self.finish, always_call=False)
 
     def begin(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -82,6 +106,12 @@ class _Taps(NotCopyable):
     def features(self, layer: nn.Module, args: object, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         self.reading.features(hidden[:, self.prefix :])
+
+    @torch.no_grad()
+    def pool(self, attention: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self.observation.running:
+            row = Projections.of(attention).first_row(args[0].detach(), args[1].detach())
+            self.observation.scratch[PoolAttention] = row
 
     def finish(self, tower: nn.Module, args: object, output: object) -> None:
         self.reading.finish()
