@@ -191,6 +191,9 @@ class ModelCase:
         oracle: `(model, prompt, kept, placement, steps)` to the `(steps, vocabulary)` greedy logits
             of one prompt, derived without the adapter: hand-built embeddings of the slots `kept`
             of each image. Optional, and what gives M4 and M6 their teeth.
+        text: False for a model that takes one picture a prompt and no text, such as a vision tower
+            that reduces inside itself. Its output stands for the logits of every step, its blocks
+            for the layers of `cache_lengths`.
         steps: tokens to generate.
         tolerance: how far logits may be apart where other kernels compute them.
         expected_failures: promises that its adapter is known to break, with reasons; strict.
@@ -209,6 +212,7 @@ class ModelCase:
     extend: Callable[[dict[str, Any], Tensor], dict[str, Any]] = _extend
     cache_lengths: Callable[[nn.Module, dict[str, Any]], Sequence[int]] = _cache_lengths
     oracle: Callable[[nn.Module, Prompt, list[list[int]], Placement, int], Tensor] | None = None
+    text: bool = True
     steps: int = 3
     tolerance: float = 1e-4
     expected_failures: Exceptions = field(default_factory=dict)
