@@ -90,6 +90,7 @@ class Record:
     _last: Reduction | None = None
     _pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _joining: threading.local = field(default_factory=threading.local)
 
     def reduced(self, reduction: Reduction, before: tuple[int, ...]) -> None:
         """Note a reduction, before the LLM, of images with `before` visual tokens each."""
@@ -103,7 +104,7 @@ class Record:
             self._update(kv_bytes=0, kv_bytes_vanilla=0)
 
     def counted(self, before: tuple[int, ...], after: Mapping[int, tuple[int, ...]]) -> None:
-        """Note the visual tokens of a batch of images: one call.
+        """Note the visual tokens of a batch of images: one call (but see `same_call`).
 
         Args:
             before: of each image as the vision tower made it.
@@ -111,14 +112,32 @@ class Record:
         """
         *_, last = after.values()
         images = tuple(ImageReport(b, a) for b, a in zip(before, last, strict=True))
+        layers = {layer: sum(tokens) for layer, tokens in after.items()}
         with self._lock:
+            joins = getattr(self._joining, "yes", False)
+            if joins:
+                images = self._report.images + images
+                layers = {layer: n + layers[layer] for layer, n in self._report.layers}
             self._update(
                 images=images,
-                layers=tuple((layer, sum(tokens)) for layer, tokens in after.items()),
-                calls=self._report.calls + 1,
+                layers=tuple(layers.items()),
+                calls=self._report.calls + (not joins),
                 tokens_before=self._report.tokens_before + sum(before),
                 tokens_after=self._report.tokens_after + sum(last),
             )
+
+    @contextmanager
+    def same_call(self) -> Iterator[None]:
+        """What this thread counts in here joins the call that was counted last.
+
+        For models that reduce the images of one batch in parts, such as pictures and videos; each
+        part must count the same layers.
+        """
+        self._joining.yes = True
+        try:
+            yield
+        finally:
+            self._joining.yes = False
 
     def cached(self, stored: int, vanilla: int) -> None:
         """Note the bytes of the KV cache after a prefill."""

@@ -32,6 +32,12 @@ def _llava_next() -> ModelAdapter:
     return LlavaNextAdapter()
 
 
+def _video_llava() -> ModelAdapter:
+    from .models.video_llava import VideoLlavaAdapter
+
+    return VideoLlavaAdapter()
+
+
 def _open_clip() -> TowerAdapter:
     from .towers.open_clip import OpenClipTowerAdapter
 
@@ -87,6 +93,15 @@ def tokenprune_models() -> Iterable[ModelPlugin]:
         "LLaVA-NeXT of transformers (any resolution), before the LLM",
         _llava_next,
         ("transformers.models.llava_next.modeling_llava_next.LlavaNextForConditionalGeneration",),
+    )
+    yield ModelPlugin(
+        "hf-video-llava",
+        "Video-LLaVA of transformers (pictures and videos), before the LLM",
+        _video_llava,
+        (
+            "transformers.models.video_llava.modeling_video_llava."
+            "VideoLlavaForConditionalGeneration",
+        ),
     )
     yield ModelPlugin(
         "open-clip-visual",

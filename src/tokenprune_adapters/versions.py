@@ -84,10 +84,17 @@ def _mixed_up(prints: list[int], of_each: int) -> bool:
     return False
 
 
-def lost_images_guard(core: nn.Module) -> Iterator[Removable]:
-    """Below 5.23: refuse chunked prefill of a prompt with images.
+_PIXELS = {
+    "image": ("pixel_values", "pixel_values_images"),
+    "video": ("pixel_values_videos",),
+}
+"""Names of what comes with the placeholders of images and of videos."""
 
-    Those versions leave the images out when they split a prompt, without any error, with and
+
+def lost_images_guard(core: nn.Module) -> Iterator[Removable]:
+    """Below 5.23: refuse chunked prefill of a prompt with images or videos.
+
+    Those versions leave them out when they split a prompt, without any error, with and
     without tokenprune.
     """
     if VERSION < (5, 23):
@@ -100,12 +107,16 @@ def _refuse_lost_images(core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     # What follows a shortened prompt may be guesses of prompt lookup, placeholders included.
     if ids is None or ids.shape[1] < 2 or cache is None or state_of(cache) is not None:
         return
-    if _images(kwargs) is None and bool((ids == core.config.image_token_id).any()):
-        raise UnsupportedError(
-            f"placeholders came without their images: transformers {transformers.__version__} "
-            "loses the images of a prompt that is prefilled in chunks; unset prefill_chunk_size, "
-            "or install transformers>=5.23"
-        )
+    encoded = kwargs.get("mm_encoder_outputs") or {}
+    for kind, pixels in _PIXELS.items():
+        token = getattr(core.config, f"{kind}_token_id", None)
+        given = encoded.get(kind) is not None or any(kwargs.get(n) is not None for n in pixels)
+        if token is not None and not given and bool((ids == token).any()):
+            raise UnsupportedError(
+                f"placeholders came without their {kind}s: transformers "
+                f"{transformers.__version__} loses the {kind}s of a prompt that is prefilled in "
+                "chunks; unset prefill_chunk_size, or install transformers>=5.23"
+            )
 
 
 def _images(kwargs: dict[str, Any]) -> Tensor | None:

@@ -47,6 +47,23 @@ def test_numbers_add_up() -> None:
     assert record.last is second
 
 
+def test_parts_of_one_call_are_joined() -> None:
+    """Such as pictures and videos of one batch; what comes after is a call of its own again."""
+    record = Record()
+    first, second = reduction(), reduction(batch=1, tokens=5, keep=4)
+    record.reduced(first, (8, 8))
+    with record.same_call():
+        record.reduced(second, (5,))
+    report = record.report
+    assert report.images == (ImageReport(8, 3), ImageReport(8, 3), ImageReport(5, 4))
+    assert (report.calls, report.tokens_before, report.tokens_after) == (1, 21, 10)
+    assert report.layers == ((0, 10),)
+    with pytest.raises(ValueError, match="zip"), record.same_call():
+        record.reduced(second, (5, 5))
+    record.reduced(second, (5,))
+    assert (record.report.calls, record.report.images) == (2, (ImageReport(5, 4),))
+
+
 def test_rows_and_lengths_must_agree() -> None:
     with pytest.raises(ValueError, match="zip"):
         Record().reduced(reduction(batch=2), (8,))

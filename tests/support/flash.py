@@ -57,8 +57,9 @@ def fake_flash(
 
 @contextmanager
 def flash_attention(model: Any) -> Iterator[None]:
-    """Let tower and language model of `model` use it, and clean up after it."""
-    configs = [model.model.language_model.config, model.model.vision_tower.config]
+    """Let towers and language model of `model` use it, and clean up after it."""
+    towers = [part for name, part in model.model.named_children() if name.endswith("_tower")]
+    configs = [part.config for part in (model.model.language_model, *towers)]
     before = [config._attn_implementation for config in configs]
     ALL_ATTENTION_FUNCTIONS.register(NAME, fake_flash)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
