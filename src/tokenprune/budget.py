@@ -10,7 +10,8 @@ from typing import Literal, TypeAlias, get_args
 from .errors import BudgetError
 
 Per: TypeAlias = Literal["image", "crop", "frame"]
-"""What one budget is for: a whole image over all its crops, every crop, or every video frame."""
+"""What one budget is for: a whole image over all its crops (a whole video over all its frames),
+every crop, or every video frame."""
 
 PER: tuple[str, ...] = get_args(Per)
 

@@ -43,7 +43,8 @@ RECIPES: tuple[RecipePlugin, ...] = (
         paper="Zhang et al., arXiv 2412.01818",
         differs=(
             "reduced before the projector instead of after it (the same rows, less work); on "
-            "LLaVA-NeXT the model's own grid and unpadding stay (the released code changes both)"
+            "LLaVA-NeXT the model's own grid and unpadding stay (the released code changes both); "
+            "on Video-LLaVA pictures are reduced like frames (the released code leaves them whole)"
         ),
     ),
     RecipePlugin(
