@@ -48,10 +48,10 @@ class VideoLlavaAdapter(ModelAdapter):
         check_transformers(oldest=(5, 19))
         core: Any = model.model
         check_llm(core.language_model)
-        towers = (core.image_tower, core.video_tower)
-        first, second = (tower_adapter(tower).provides(tower) for tower in towers)
-        _check_select_strategy(core, has_cls=ClsAttention in first)
-        return first & second
+        # The two towers are made from one config.
+        provided = tower_adapter(core.video_tower).provides(core.video_tower)
+        _check_select_strategy(core, has_cls=ClsAttention in provided)
+        return provided
 
     def install(
         self, model: nn.Module, stages: tuple[Stage, ...], record: Record
@@ -246,7 +246,7 @@ class _ReduceBoth(NotCopyable):
             return self.pictures.after(projector, args, output)
         if beside.shape is None:
             self.videos.after(projector, (carry(args[0], beside.left),), output[:, self.cls :])
-            return output
+            return None
         rows, kept, _ = beside.shape
         frames = output.shape[1] - rows * kept
         cls, short = output[0, :frames], output[0, frames:].reshape(rows, kept, -1)

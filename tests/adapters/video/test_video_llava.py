@@ -9,13 +9,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import (
+    DynamicCache,
+    MistralConfig,
+    StaticCache,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+)
 
 import tokenprune
 from support.flash import flash_attention
@@ -34,7 +41,18 @@ from support.video_llava import (
     tiny_video_llava,
     video,
 )
-from tokenprune import AttachError, ImageReport, MissingSignalError, UnsupportedError
+from tokenprune import (
+    AttachError,
+    BeforeLLM,
+    ImageReport,
+    MissingSignalError,
+    Plan,
+    Reducer,
+    Signals,
+    Strategy,
+    UnsupportedError,
+    VisualTokens,
+)
 from tokenprune_adapters import versions
 from tokenprune_adapters.versions import VERSION
 
@@ -356,6 +374,59 @@ def test_the_report_counts_pictures_and_then_videos_of_one_call(
         assert len(attachment.report.images) == (2 if per == "image" else 2 * FRAMES)
 
 
+def _fail(*args: object) -> None:
+    raise ZeroDivisionError
+
+
+@torch.no_grad()
+def test_what_was_counted_before_a_failure_joins_nothing(model: Any) -> None:
+    """Pictures whose videos never came, in `generate` or in `forward`, are a call of their own."""
+    both, videos = collate(prompts()), collate(prompts()[1:2])
+    runs = [lambda inputs: generate(model, inputs, 1), lambda inputs: model(**inputs)]
+    for before in runs:
+        for after in runs:
+            with tokenprune.attach(model, spec(5)) as attachment:
+                model(**both)
+                after(videos)
+                assert (attachment.report.calls, len(attachment.report.images)) == (2, 2)
+                handle = model.model.video_tower.register_forward_pre_hook(_fail)
+                with pytest.raises(ZeroDivisionError):
+                    before(both)
+                handle.remove()
+                if (before, after) != (runs[0], runs[0]):  # where no forward is in between
+                    after(videos)
+                    assert (attachment.report.calls, len(attachment.report.images)) == (4, 2)
+
+
+@dataclass(frozen=True)
+class _Blur(Reducer):
+    """Mixes each token with the one after it, and keeps their number."""
+
+    needs_scores: ClassVar[bool] = False
+
+    def plan(self, tokens: VisualTokens, scores: Tensor | None, signals: Signals) -> Plan:
+        count = tokens.mask.shape[1]
+        weights = (torch.eye(count) + torch.eye(count).roll(1, 1).triu()) / 2
+        weights[-1, -1] = 1
+        rows = weights.expand(len(tokens.mask), -1, -1)
+        return Plan(tokens.positions, tokens.mask, count, rows)
+
+
+def test_mixing_without_reducing_is_not_taken_for_doing_nothing(model: Any) -> None:
+    prompt = Row([BOS, 11, video(4), 12, 13])
+    with tokenprune.attach(model, Strategy(_Blur()).at(BeforeLLM())):
+        answer = generate(model, collate([prompt]), 1)
+    cls, patches = frame_states(model, prompt.visual[0])
+    flat = patches.flatten(0, 1)
+    mixed = torch.cat([(flat[:-1] + flat[1:]) / 2, flat[-1:]]).reshape(patches.shape)
+    embed = model.get_input_embeddings()
+    with torch.no_grad():
+        visual = model.model.multi_modal_projector(torch.cat([cls, mixed], 1)).flatten(0, 1)
+        before, after = embed(torch.tensor(prompt.ids[:2])), embed(torch.tensor([12, 13]))
+        logits = model(inputs_embeds=torch.cat([before, visual, after])[None]).logits[0, -1]
+    close(answer.logits[0, 0], logits)
+
+
 def test_provenance_of_what_is_kept(model: Any) -> None:
     """Positions are frame times patches plus patch."""
     prompt = prompts()[1]
@@ -412,11 +483,8 @@ def test_an_error_in_mid_forward_leaves_nothing_behind(model: Any, where: str) -
     vanilla = generate(model, collate(prompts()), STEPS)
     module = model.model.get_submodule(where)
 
-    def fail(*args: object) -> None:
-        raise ZeroDivisionError
-
     with tokenprune.attach(model, spec(4)) as attachment:
-        handle = module.register_forward_hook(fail)
+        handle = module.register_forward_hook(_fail)
         with pytest.raises(ZeroDivisionError):
             generate(model, collate(prompts()), STEPS)
         handle.remove()
@@ -465,6 +533,22 @@ def test_a_select_strategy_that_does_not_fit_the_towers(
         tokenprune.attach(tiny_video_llava(tower=tower, select=select), "random | evict(4)")
 
 
+def test_a_language_model_with_a_sliding_window() -> None:
+    like = tiny_video_llava().config
+    text = MistralConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+    )
+    config = VideoLlavaConfig(vision_config=like.vision_config, text_config=text)
+    with pytest.raises(UnsupportedError, match="MistralModel has sliding.*only full attention"):
+        tokenprune.attach(VideoLlavaForConditionalGeneration(config), "random | evict(4)")
+
+
 def test_a_method_that_somebody_replaced_is_refused(model: Any) -> None:
     core = model.model
     core.get_video_features = core.get_video_features
@@ -484,6 +568,7 @@ def _project(model: Any) -> None:
 
 @torch.no_grad()
 def _by_hand(model: Any) -> None:
+    model(**collate(prompts()))
     frames = model.model.video_tower(video(1), output_hidden_states=True)
     model.model.multi_modal_projector(frames.hidden_states[-2])
 
