@@ -87,7 +87,7 @@ class Recompute:
         self.before, self.positions = before, positions
         self.decided: dict[tuple[int, int], tuple[list[int], Tensor]] = {}
         self.prompt = torch.empty(0, model.config.text_config.hidden_size)
-        self.images: list[int] = []  # of each slot, -1 for text
+        self.images: list[int] = []  # of each slot, -1 for text, -2 for what is neither
         self.places: list[int] = []
         self.cls: list[float] = []
         self.next_place = 0
@@ -182,7 +182,7 @@ class Recompute:
     ) -> None:
         members = [n for n, each in enumerate(self.images) if each == image and bool(alive[n])]
         end = max(n for n, each in enumerate(self.images) if each == image)
-        text = [n for n, each in enumerate(self.images) if each < 0 and n > end]
+        text = [n for n, each in enumerate(self.images) if each == -1 and n > end]
         look = Look(
             x[members],
             maps[-1, members],
