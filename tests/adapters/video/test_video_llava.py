@@ -412,8 +412,9 @@ class _Blur(Reducer):
         return Plan(tokens.positions, tokens.mask, count, rows)
 
 
-def test_mixing_without_reducing_is_not_taken_for_doing_nothing(model: Any) -> None:
-    prompt = Row([BOS, 11, video(4), 12, 13])
+@pytest.mark.parametrize("frames", [1, FRAMES])
+def test_mixing_without_reducing_is_not_taken_for_doing_nothing(model: Any, frames: int) -> None:
+    prompt = Row([BOS, 11, video(4, frames), 12, 13])
     with tokenprune.attach(model, Strategy(_Blur()).at(BeforeLLM())):
         answer = generate(model, collate([prompt]), 1)
     cls, patches = frame_states(model, prompt.visual[0])
