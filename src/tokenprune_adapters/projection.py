@@ -17,7 +17,7 @@ from tokenprune.strategy import Strategy
 from tokenprune.tokens import VisualTokens
 
 from .carry import carried, carry
-from .llms.store import Ids, SignalStore, Sizes
+from .llms.store import Ids, Sizes
 from .marks import spread
 from .rowing import Rows
 
@@ -29,8 +29,8 @@ class ReduceBeforeProjector(NotCopyable):
         strategy: what to do with the tokens of each image; None keeps them all.
         observation: the tower's latest pass.
         record: where to note what was done.
-        later: where to leave what is known of the images for stages inside the language model,
-            which then count the tokens; or None.
+        later: takes projected features and what is known of the images, for stages inside the
+            language model, which then count the tokens; or None.
         arrange: how tokens of crops form rows that share a budget; None where a crop is a row.
     """
 
@@ -39,7 +39,7 @@ class ReduceBeforeProjector(NotCopyable):
         strategy: Strategy | None,
         observation: Observation,
         record: Record,
-        later: SignalStore | None = None,
+        later: Callable[[Tensor, Signals], None] | None = None,
         arrange: Callable[[], Rows] | None = None,
     ) -> None:
         self.strategy = strategy
@@ -61,11 +61,12 @@ class ReduceBeforeProjector(NotCopyable):
             seen, signals = self.observation.take()
             if signals:
                 _check_same(features, seen.features)
-            return (carry(features, _Left(None, _known(seen, signals))), *args[1:])
+            rows = self._rows(features)
+            known = _known(rows.tokens(features, seen.ids), rows.signals(signals))
+            return (carry(features, _Left(None, known)), *args[1:])
         seen, signals = self._seen(features)
         with self.record.selecting(features.device):
-            rows = Rows.of_crops(features) if self.arrange is None else self.arrange()
-            rows = rows.to(features.device)
+            rows = self._rows(features)
             tokens, signals = rows.tokens(features, seen.ids), rows.signals(signals)
             reduction = self.strategy(tokens, signals)
         self.record.decided(reduction)
@@ -78,6 +79,11 @@ class ReduceBeforeProjector(NotCopyable):
         kept = rows.index.gather(1, plan.anchors), plan.mask, (features.shape[0], features.shape[1])
         known = _known(reduction.tokens, signals.reduce(plan))
         return (carry(reduction.tokens.features, _Left(kept, known)), *args[1:])
+
+    def _rows(self, features: Tensor) -> Rows:
+        if self.arrange is None:
+            return Rows.of_crops(features)
+        return self.arrange().to(features.device)
 
     def _seen(self, features: Tensor) -> tuple[VisualTokens, Signals]:
         if not self.observation.ready:
@@ -95,7 +101,7 @@ class ReduceBeforeProjector(NotCopyable):
             return None
         features = output if left.kept is None else spread(output, *left.kept)
         if self.later is not None:
-            self.later.put(features, left.known)
+            self.later(features, left.known)
         return features
 
 

@@ -68,8 +68,8 @@ def attention_to_images(
     if not every_text_token:
         rows = query_rows(layer, hidden, rotary, last, segment.after.valid, cached)[seats.row]
         return _columns(rows[:, :, 0], seats)
-    visual = images.number >= 0
-    text = real & ~visual & (visual.cumsum(1) > 0)
+    in_image = images.image >= 0
+    text = real & ~in_image & (in_image.cumsum(1) > 0)
     queries = Layout.of(text | (numbers == last))
     rows = query_rows(layer, hidden, rotary, queries.index, segment.after.valid, cached)
     if queries.valid is not None:

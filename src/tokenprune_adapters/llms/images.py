@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.errors import UnsupportedError
 from tokenprune.plan import Plan
@@ -17,34 +19,75 @@ CHANNELS = 64
 """Channels of the projected features that go into an image's fingerprint."""
 
 
-def feature_prints(features: Tensor) -> Tensor:
-    """`(images,)` int64 of projected features `(images, tokens, channels)`, marks included."""
+def feature_prints(features: Tensor | Sequence[Tensor]) -> Tensor:
+    """`(images,)` int64 of projected features, marks included.
+
+    Args:
+        features: `(images, slots, channels)`, or `(slots, channels)` of each image. Zeros behind
+            the slots of an image change nothing.
+    """
+    if not isinstance(features, Tensor):
+        features = pad_sequence([each[:, :CHANNELS] for each in features], batch_first=True)
     return fingerprint(features[..., :CHANNELS])
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """The images of a batch of prompts.
+    """The images of a batch of prompts, or videos, or whatever shares a budget.
+
+    Some slots of an image may hold no patch, such as the newlines of LLaVA-NeXT: these are no
+    visual tokens, and stay.
 
     Attributes:
-        number: `(batch, slots)` int64, images counted over the whole batch; -1 is not visual.
-        place: `(batch, slots)` int64, place within the image.
-        tokens: slots per image in the prompt as the processor made it.
+        image: `(batch, slots)` int64, the image of each slot, counted over the whole batch; -1 is
+            text.
+        place: `(batch, slots)` int64, where in its image the patch of a slot is; -1 is no patch.
+        slots: of each image in the prompt as the processor made it.
+        tokens: visual tokens of each image: slots with a patch.
         prints: `(images,)` int64, one number per image from its features.
     """
 
-    number: Tensor
+    image: Tensor
     place: Tensor
-    tokens: int
+    slots: tuple[int, ...]
+    tokens: tuple[int, ...]
     prints: Tensor
 
     @classmethod
-    def of(cls, visual: Tensor, tokens: int) -> Images:
-        """From `(batch, slots)` bool placeholders, `tokens` of them per image."""
-        rank = visual.flatten().cumsum(0).reshape(visual.shape) - 1
-        number = torch.where(visual, rank // tokens, -1)
-        place = torch.where(visual, rank % tokens, 0)
-        return cls(number, place, tokens, number.new_zeros(0))
+    def alike(cls, placeholders: Tensor, images: int, tokens: int) -> Images:
+        """From `(batch, slots)` bool placeholders, `tokens` patches per image and nothing else."""
+        rank = placeholders.flatten().cumsum(0).reshape(placeholders.shape) - 1
+        image = torch.where(placeholders, rank // tokens, -1)
+        place = torch.where(placeholders, rank % tokens, -1)
+        whole = (tokens,) * images
+        return cls(image, place, whole, whole, image.new_zeros(0))
+
+    @classmethod
+    def of(cls, placeholders: Tensor, places: Sequence[Tensor]) -> Images:
+        """From `(batch, slots)` bool placeholders and what they hold.
+
+        Args:
+            placeholders: of all images, in order.
+            places: for each image `(slots,)` int64 on the CPU: the place of each slot's patch, or
+                -1.
+        """
+        slots = tuple(map(len, places))
+        owners = torch.repeat_interleave(torch.arange(len(slots)), torch.tensor(slots))
+        held = torch.stack([owners, torch.cat(list(places))]).to(placeholders.device)
+        rank = placeholders.flatten().cumsum(0).reshape(placeholders.shape) - 1
+        image, place = held[:, rank.clamp(min=0, max=sum(slots) - 1)]
+        return cls(
+            torch.where(placeholders, image, -1),
+            torch.where(placeholders, place, -1),
+            slots,
+            tuple(int((each >= 0).sum()) for each in places),
+            image.new_zeros(0),
+        )
+
+    @property
+    def visual(self) -> Tensor:
+        """`(batch, slots)` bool: slots that hold a patch."""
+        return self.place >= 0
 
     def within(self, embeds: Tensor, layout: Layout | None) -> Images:
         """These images as a segment sees them, with fingerprints of their features.
@@ -56,27 +99,30 @@ class Images:
         Raises:
             UnsupportedError: a prompt holds part of an image only (chunked prefill).
         """
-        visual = self.number >= 0
-        if bool((visual.sum(1) % self.tokens != 0).any()):
+        inside, total = self.image >= 0, sum(self.slots)
+        if int(inside.sum()) != total:
             raise UnsupportedError(
-                f"a forward pass holds part of an image ({self.tokens} tokens each); chunked "
+                f"a forward pass holds part of an image ({self.slots} tokens); chunked "
                 "prefill cannot be combined with reduction after a layer, drop prefill_chunk_size"
             )
-        features = embeds[visual].reshape(-1, self.tokens, embeds.shape[-1])
-        known = replace(self, prints=feature_prints(features))
+        last = self.image.masked_fill(~inside, len(self.slots)).flatten()
+        order = torch.argsort(last, stable=True)[:total]
+        features = embeds[..., :CHANNELS].flatten(0, 1).index_select(0, order)
+        known = replace(self, prints=feature_prints(torch.split(features, list(self.slots))))
         return known if layout is None else known.through(layout)
 
     def through(self, layout: Layout) -> Images:
         """These images after `layout` has left slots out."""
         # Fillers come out as zero, so numbers travel as one more.
-        number = layout.shorten(self.number + 1) - 1
-        return replace(self, number=number, place=layout.shorten(self.place))
+        image, place = (layout.shorten(each + 1) - 1 for each in (self.image, self.place))
+        return replace(self, image=image, place=place)
 
     def seats(self) -> Seats:
         """Where the tokens of each image sit. One sync."""
-        batch, slots = self.number.shape
-        flat = (self.number >= 0).flatten().nonzero().squeeze(1)
-        image = self.number.flatten()[flat]
+        batch, slots = self.place.shape
+        flat = self.visual.flatten().nonzero().squeeze(1)
+        image, order = self.image.flatten()[flat].sort(stable=True)
+        flat = flat[order]
         count = torch.bincount(image, minlength=self.prints.shape[0])
         column = torch.arange(flat.shape[0], device=flat.device) - (count.cumsum(0) - count)[image]
         shape = count.shape[0], int(count.max())

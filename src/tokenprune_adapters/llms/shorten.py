@@ -155,7 +155,7 @@ class ShortenPrompts(NotCopyable):
         mask = kwargs.get("attention_mask")
         usable = mask is None or _is_padding_mask(mask, past, drop)
         real, real_past = _real_columns(mask if usable else None, past, drop)
-        seen = drop[:, :0] if images is None else images.number >= 0
+        seen = drop[:, :0] if images is None else images.visual
         shorten, all_real, some_visual = torch.stack([drop.any(), real.all(), seen.any()]).tolist()
         reduces = bool(self.starts) and some_visual
         if not (shorten or reduces) and state_of(cache) is None:
@@ -207,8 +207,7 @@ class ShortenPrompts(NotCopyable):
             if any(segment.layout is not None for segment in run.segments.values()):
                 self.record.cached(*stored_bytes(cache))
         if run.counts and run.images is not None:
-            whole = (run.images.tokens,) * len(run.counts[0])
-            self.record.counted(whole, run.counts)
+            self.record.counted(run.images.tokens, run.counts)
         last = max(run.segments)
         output.last_hidden_state = run.restore(output.last_hidden_state, last)
         if output.hidden_states is not None:

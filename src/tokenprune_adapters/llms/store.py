@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapter import NotCopyable
+from tokenprune.errors import MissingSignalError
 from tokenprune.signals import Signal, Signals
 
 from .images import feature_prints
@@ -46,17 +48,53 @@ class SignalStore(NotCopyable):
         self.dtype = dtype
         self.capacity = capacity
         self._known: OrderedDict[int, dict[Signal, Tensor]] = OrderedDict()
+        self._places: dict[int, Tensor] = {}
         self._lock = threading.Lock()
 
-    def put(self, features: Tensor, signals: Signals) -> None:
-        """Remember the signals of images with projected `(images, tokens, channels)` features."""
-        prints = feature_prints(features.to(self.dtype)).tolist()
+    def put(
+        self,
+        features: Tensor | Sequence[Tensor],
+        signals: Signals,
+        places: Sequence[Tensor] = (),
+    ) -> None:
+        """Remember what is known of some images.
+
+        Args:
+            features: projected, `(images, slots, channels)` or `(slots, channels)` of each.
+            signals: of the patches that are left.
+            places: what the slots of each image hold, see `Images.of`, where that differs.
+        """
+        prints = self._prints(features)
         with self._lock:
             for number, each in enumerate(prints):
                 self._known.pop(each, None)
                 self._known[each] = {s: answer[number] for s, answer in signals.items()}
+                if places:
+                    self._places[each] = places[number]
             while len(self._known) > max(self.capacity, len(prints)):
-                self._known.popitem(last=False)
+                self._places.pop(self._known.popitem(last=False)[0], None)
+
+    def places(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """What the slots of images with these features hold.
+
+        Raises:
+            MissingSignalError: one of them did not come by here.
+        """
+        with self._lock:
+            found = [self._places.get(each) for each in self._prints(features)]
+        known = [each for each in found if each is not None]
+        if len(known) < len(found):
+            raise MissingSignalError(
+                "image features did not come from the attached model, so it is not known which "
+                "patches they hold; pass pixel_values, not features of your own"
+            )
+        return known
+
+    def _prints(self, features: Tensor | Sequence[Tensor]) -> list[int]:
+        """One number per image, as `Images.within` finds them."""
+        if isinstance(features, Tensor):
+            return feature_prints(features.to(self.dtype)).tolist()
+        return feature_prints([each.to(self.dtype) for each in features]).tolist()
 
     def get(self, prints: Tensor) -> Signals:
         """What is known of all these images; nothing if one of them did not come by here."""

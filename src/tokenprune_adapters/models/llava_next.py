@@ -26,13 +26,13 @@ from ..projection import ReduceBeforeProjector
 from ..rowing import Rows
 from ..versions import check_transformers
 from .parts import (
-    before_llm,
     check_budgets,
     check_select_strategy,
     feature_layer,
     hide_marks,
     tower_adapter,
 )
+from .placed import before_llm
 
 
 class LlavaNextAdapter(ModelAdapter):

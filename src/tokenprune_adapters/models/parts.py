@@ -1,4 +1,4 @@
-"""What adapters of LLaVA models share: reading stages, configs and towers."""
+"""What adapters of LLaVA models share: reading configs and towers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import nn
 from tokenprune.adapter import TowerAdapter
 from tokenprune.budget import Budgeted
 from tokenprune.errors import UnsupportedError
-from tokenprune.placement import AfterLayer, BeforeLLM
 from tokenprune.plugins import registry
 from tokenprune.spec import shown
 from tokenprune.strategy import Stage
@@ -40,33 +39,6 @@ def check_select_strategy(core: Any, has_cls: bool) -> None:
         raise UnsupportedError(
             f"vision_feature_select_strategy={strategy!r} {does}; only {supported!r} is supported"
         )
-
-
-def before_llm(stages: tuple[Stage, ...]) -> Stage | None:
-    """The stage before the LLM, of which there can be one."""
-    found = [stage for stage in stages if isinstance(stage.placement, BeforeLLM)]
-    if len(found) > 1:
-        raise UnsupportedError(
-            f"{len(found)} stages before the LLM; join them into one: "
-            + " | ".join(shown(stage.strategy) for stage in found)
-        )
-    return found[0] if found else None
-
-
-def inside_llm(stages: tuple[Stage, ...], layers: int) -> dict[int, Stage]:
-    """Stages by the layer that they start at; one after the last layer has nothing to do."""
-    found: dict[int, Stage] = {}
-    for stage in stages:
-        if not isinstance(stage.placement, AfterLayer):
-            continue
-        start = stage.placement.layers
-        if start in found:
-            raise UnsupportedError(
-                f"two stages at after-layer({start}); join them into one: "
-                f"{shown(found[start].strategy)} | {shown(stage.strategy)}"
-            )
-        found[start] = stage
-    return {start: found[start] for start in sorted(found) if start < layers}
 
 
 def check_budgets(stages: tuple[Stage, ...]) -> None:

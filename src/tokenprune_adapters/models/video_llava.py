@@ -27,7 +27,8 @@ from ..marks import marked
 from ..projection import ReduceBeforeProjector
 from ..rowing import Rows
 from ..versions import check_transformers, lost_images_guard
-from .parts import before_llm, feature_layer, tower_adapter
+from .parts import feature_layer, tower_adapter
+from .placed import before_llm
 
 
 class VideoLlavaAdapter(ModelAdapter):

@@ -367,7 +367,7 @@ def images_not_followed(patch: Patch) -> None:
         "through",
         lambda self, layout: replace(
             self,
-            number=self.number[:, -layout.index.shape[1] :],
+            image=self.image[:, -layout.index.shape[1] :],
             place=self.place[:, -layout.index.shape[1] :],
         ),
     )

@@ -1,0 +1,136 @@
+"""Stages of a model by where they act, and the hooks on its language model that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokenprune.adapter import NotCopyable, Removable
+from tokenprune.errors import UnsupportedError
+from tokenprune.placement import AfterLayer, BeforeLLM, Positions
+from tokenprune.report import Record
+from tokenprune.signals import Signal
+from tokenprune.spec import shown
+from tokenprune.strategy import Stage, Strategy
+
+from ..llms.images import Images
+from ..llms.inside import QueryAttention, ReduceInside, refuse_candidates
+from ..llms.shorten import IMAGES, ShortenPrompts
+from ..llms.store import SignalStore
+from .parts import hide_marks
+
+PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+"""Names of the arguments that bring pictures."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The stages of a model by where they act.
+
+    Attributes:
+        before: the stage before the LLM, or None.
+        inside: stages by the decoder layer that they start at.
+    """
+
+    before: Stage | None
+    inside: dict[int, Stage]
+
+    @classmethod
+    def of(cls, stages: tuple[Stage, ...], llm: Any) -> Placed:
+        """Sort `stages`; two at one place are refused."""
+        return cls(before_llm(stages), _inside_llm(stages, len(llm.layers)))
+
+    @property
+    def strategy(self) -> Strategy | None:
+        """What is done before the LLM."""
+        return None if self.before is None else self.before.strategy
+
+    @property
+    def of_tower(self) -> frozenset[Signal]:
+        """What the stages ask of the vision tower."""
+        stages = [*self.inside.values(), *([] if self.before is None else [self.before])]
+        asked = {signal for stage in stages for signal in stage.strategy.signals}
+        return frozenset(s for s in asked if not isinstance(s, QueryAttention))
+
+    def install(
+        self, model: nn.Module, find: FindImages, store: SignalStore, record: Record
+    ) -> Iterator[Removable]:
+        """The hooks on the language model of `model`, and what tells it of its images."""
+        core: Any = model.model
+        llm = core.language_model
+        if self.before is not None:
+            yield core.register_forward_hook(hide_marks)
+        if self.inside:
+            yield core.register_forward_pre_hook(find.before, with_kwargs=True)
+        positions: Positions = "reindexed"
+        if self.before is not None:
+            assert isinstance(self.before.placement, BeforeLLM)
+            positions = self.before.placement.positions
+        to_layers = bool(self.inside) or positions == "original"
+        yield from ShortenPrompts(positions, record, tuple(self.inside), to_layers).install(llm)
+        if to_layers:
+            hooks = ReduceInside(llm, self.inside, store, record)
+            yield from hooks.install()
+            if hooks.watched:
+                yield model.register_forward_pre_hook(refuse_candidates, with_kwargs=True)
+
+
+class FindImages(NotCopyable):
+    """Tells the language model which slots of a prompt hold image features.
+
+    Args:
+        images: makes `Images` from the token ids and the arguments of a call with images.
+    """
+
+    def __init__(self, images: Callable[[Tensor, dict[str, Any]], Images]) -> None:
+        self.images = images
+
+    def before(
+        self, core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            raise UnsupportedError(
+                "reduction after a layer finds visual tokens by their placeholders in input_ids; "
+                "pass input_ids instead of inputs_embeds"
+            )
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        # A chunk of a prompt comes with nothing but the features that it holds.
+        if any(getattr(each, "last_hidden_state", None) is None for each in encoded.values()):
+            raise UnsupportedError(
+                "a stage after a layer needs to see the prompt as a whole; chunked prefill cannot "
+                "be combined with it, drop prefill_chunk_size"
+            )
+        if encoded or any(kwargs.get(name) is not None for name in PIXELS):
+            kwargs[IMAGES] = self.images(ids, kwargs)
+        return args, kwargs
+
+
+def before_llm(stages: tuple[Stage, ...]) -> Stage | None:
+    """The stage before the LLM, of which there can be one."""
+    found = [stage for stage in stages if isinstance(stage.placement, BeforeLLM)]
+    if len(found) > 1:
+        raise UnsupportedError(
+            f"{len(found)} stages before the LLM; join them into one: "
+            + " | ".join(shown(stage.strategy) for stage in found)
+        )
+    return found[0] if found else None
+
+
+def _inside_llm(stages: tuple[Stage, ...], layers: int) -> dict[int, Stage]:
+    """Stages by the layer that they start at; one after the last layer has nothing to do."""
+    found: dict[int, Stage] = {}
+    for stage in stages:
+        if not isinstance(stage.placement, AfterLayer):
+            continue
+        start = stage.placement.layers
+        if start in found:
+            raise UnsupportedError(
+                f"two stages at after-layer({start}); join them into one: "
+                f"{shown(found[start].strategy)} | {shown(stage.strategy)}"
+            )
+        found[start] = stage
+    return {start: found[start] for start in sorted(found) if start < layers}
