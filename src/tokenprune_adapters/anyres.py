@@ -6,6 +6,7 @@ nothing of it is repeated here and every version is followed.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,15 @@ class Packing:
             image_newline=torch.tensor([NEWLINE]),
         )
         return cls(tuple(each.squeeze(-1) for each in packed), crops, patches)
+
+    @property
+    def places(self) -> list[Tensor]:
+        """For each image `(packed,)` int64: crop of the image times patches plus patch, or -1."""
+        firsts = itertools.accumulate(self.crops, initial=0)
+        return [
+            torch.where(source == NEWLINE, NEWLINE, source - first * self.patches)
+            for source, first in zip(self.sources, firsts)  # noqa: B905
+        ]
 
     def per_image(self) -> Rows:
         """One row per image: its patches that are packed, in packed order."""

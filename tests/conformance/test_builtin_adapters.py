@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from support import oracle
+from support import llava_next, oracle
 from support.llava import collate, generate, picture, prompts, tiny_llava
 from tokenprune import AfterLayer, BeforeLLM, ClsAttention, Keys, Placement, Signal
 from tokenprune.testing import ModelCase, Prompt, TowerCase, parametrize_with_checks
@@ -124,6 +124,27 @@ def models() -> Iterable[ModelCase]:
     )
 
 
-@parametrize_with_checks([*towers(), *models()])
+def next_prompts() -> list[Prompt]:
+    """Newlines are text: they are never counted, and always kept."""
+    made = []
+    for prompt in llava_next.prompts():
+        visual = tuple(sum(t is not None for t in each.packed) for each in prompt.pictures)
+        made.append(Prompt(prompt, len(prompt.ids), visual))
+    return made
+
+
+def llava_next_case() -> ModelCase:
+    return ModelCase(
+        "LLaVA-NeXT",
+        llava_next.tiny_llava_next,
+        next_prompts,
+        lambda batch: llava_next.collate([prompt.inputs for prompt in batch]),
+        placements=[BeforeLLM(), AfterLayer(1), AfterLayer(2, "reindexed")],
+        generate=llava_text,
+        wraps=["model.get_image_features"],
+    )
+
+
+@parametrize_with_checks([*towers(), *models(), llava_next_case()])
 def test_contract(case, check):
     check(case)

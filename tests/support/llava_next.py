@@ -150,16 +150,22 @@ def collate(batch: list[Prompt]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def kept(
-    model: LlavaNextForConditionalGeneration, picture: Picture, keep: int, per: str
-) -> set[tuple[int, int]]:
-    """(crop, patch) of what stays, by [CLS] attention of the layer that gives the features."""
+def tower_scores(model: LlavaNextForConditionalGeneration, picture: Picture) -> Tensor:
+    """`(crops, patches)` [CLS] attention of the layer that gives the features, head mean."""
     tower = model.model.vision_tower
     before = tower.config._attn_implementation
     tower.set_attn_implementation("eager")
     maps = tower(pixel_values=picture.crops, output_attentions=True).attentions[-2]
     tower.set_attn_implementation(before)
-    scores = maps[:, :, 0, 1:].mean(1).tolist()
+    return maps[:, :, 0, 1:].mean(1)
+
+
+@torch.no_grad()
+def kept(
+    model: LlavaNextForConditionalGeneration, picture: Picture, keep: int, per: str
+) -> set[tuple[int, int]]:
+    """(crop, patch) of what stays, by [CLS] attention of the layer that gives the features."""
+    scores = tower_scores(model, picture).tolist()
     tokens = [token for token in picture.packed if token is not None]
     groups = [tokens]
     if per == "crop":

@@ -194,6 +194,9 @@ class ModelCase:
         text: False for a model that takes one picture a prompt and no text, such as a vision tower
             that reduces inside itself. Its output stands for the logits of every step, its blocks
             for the layers of `cache_lengths`.
+        wraps: methods that the adapter must wrap on the instance, because what it needs to know
+            passes through them alone and `generate` calls them from outside of any forward:
+            ``("model.get_image_features",)``. M2 allows these besides hooks; none may stay.
         steps: tokens to generate.
         tolerance: how far logits may be apart where other kernels compute them.
         expected_failures: promises that its adapter is known to break, with reasons; strict.
@@ -213,6 +216,7 @@ class ModelCase:
     cache_lengths: Callable[[nn.Module, dict[str, Any]], Sequence[int]] = _cache_lengths
     oracle: Callable[[nn.Module, Prompt, list[list[int]], Placement, int], Tensor] | None = None
     text: bool = True
+    wraps: Sequence[str] = ()
     steps: int = 3
     tolerance: float = 1e-4
     expected_failures: Exceptions = field(default_factory=dict)

@@ -77,7 +77,7 @@ def check_m1_full_budget_changes_nothing(case: ModelCase) -> None:
 @promise(ModelCase)
 @torch.no_grad()
 def check_m2_detaching_restores_the_model(case: ModelCase) -> None:
-    """Attaching adds hooks alone; detaching restores all, also after a failed run or install."""
+    """Attaching adds hooks and declared wrappers alone; detaching restores all, also on failure."""
     model, _, batch = _all(case)
     expected = case.next_logits(model, batch)
     before = Snapshot(model)
@@ -85,11 +85,11 @@ def check_m2_detaching_restores_the_model(case: ModelCase) -> None:
     for placement in case.placements:
         where = f"{case.name} at {placement}"
         with _attach(case, model, placement):
-            during = before.differences(hooks=False)
+            during = _undeclared(case, before)
             require(not during, f"{where}: attaching is more than hooks: {during}")
             attached = case.next_logits(model, batch)
             case.generate(model, batch, 2)
-            during = before.differences(hooks=False)
+            during = _undeclared(case, before)
             require(not during, f"{where}: running changes more than hooks: {during}")
         _restored(case, model, batch, before, expected, where)
 
@@ -263,6 +263,10 @@ def _layers_before(placement: Placement, layers: int) -> int:
     if isinstance(placement, BeforeLLM):
         return 0
     return min(placement.layers, layers) if isinstance(placement, AfterLayer) else layers
+
+
+def _undeclared(case: ModelCase, before: Snapshot) -> list[str]:
+    return [each for each in before.differences(hooks=False) if each not in case.wraps]
 
 
 def _restored(

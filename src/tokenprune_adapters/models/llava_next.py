@@ -15,28 +15,38 @@ from torch import Tensor, nn
 from tokenprune.adapter import ModelAdapter, NotCopyable, Observation, Removable
 from tokenprune.budget import Budgeted, Per
 from tokenprune.errors import AttachError, UnsupportedError
-from tokenprune.placement import BeforeLLM, Newline, Placement
+from tokenprune.placement import AfterLayer, BeforeLLM, Newline, Placement
 from tokenprune.report import Record
-from tokenprune.signals import ClsAttention, Signal
+from tokenprune.signals import (
+    ClsAttention,
+    LastQueryAttention,
+    Signal,
+    Signals,
+    TextQueryAttention,
+)
+from tokenprune.spec import shown
 from tokenprune.strategy import Stage
 
 from ..anyres import NEWLINE, Packing
-from ..llms.shorten import ShortenPrompts, check_llm
+from ..llms.images import Images
+from ..llms.shorten import check_llm
+from ..llms.store import SignalStore
 from ..projection import ReduceBeforeProjector
 from ..rowing import Rows
-from ..versions import check_transformers
+from ..versions import check_transformers, lost_images_guard
 from .parts import (
     check_budgets,
     check_select_strategy,
     feature_layer,
-    hide_marks,
     tower_adapter,
 )
-from .placed import before_llm
+from .placed import FindImages, Placed
 
 
 class LlavaNextAdapter(ModelAdapter):
-    """Reduces before the projector; grid, unpadding and newlines stay the model's own.
+    """Reduces before the projector, after decoder layers, or both.
+
+    Grid, unpadding and newlines stay the model's own.
 
     With ``per="image"`` (the default) a budget counts patches of an image over its base view and
     all tiles, with ``per="crop"`` those of every crop (FasterVLM). Patches that unpadding cuts away
@@ -45,9 +55,10 @@ class LlavaNextAdapter(ModelAdapter):
     """
 
     def provides(self, model: nn.Module, placement: Placement) -> frozenset[type[Signal]]:
-        if not isinstance(placement, BeforeLLM):
+        if not isinstance(placement, (BeforeLLM, AfterLayer)):
             raise UnsupportedError(
-                f"{type(model).__name__} does not offer {placement!r}; it offers 'before-llm'"
+                f"{type(model).__name__} does not offer {placement!r}; it offers 'before-llm' and "
+                "'after-layer(2)' (any layer)"
             )
         # Below 5.19 transformers mixes up the images of expanded prompts, see versions.py.
         check_transformers(oldest=(5, 19))
@@ -55,6 +66,8 @@ class LlavaNextAdapter(ModelAdapter):
         check_llm(core.language_model)
         provided = tower_adapter(core.vision_tower).provides(core.vision_tower)
         check_select_strategy(core, has_cls=ClsAttention in provided)
+        if isinstance(placement, AfterLayer):
+            return provided | {LastQueryAttention, TextQueryAttention}
         return provided
 
     def install(
@@ -62,27 +75,51 @@ class LlavaNextAdapter(ModelAdapter):
     ) -> Iterator[Removable]:
         core: Any = model.model
         check_budgets(stages)
-        stage = before_llm(stages)
-        assert stage is not None
-        assert isinstance(stage.placement, BeforeLLM)
-        observation = Observation()
-        tower = core.vision_tower
-        yield from tower_adapter(tower).install(
-            tower, stage.strategy.signals, observation, feature_layer(core.config)
-        )
-        pack = _PackImages(_per(stage), stage.placement.newline)
-        yield from pack.install(core)
-        reduce = ReduceBeforeProjector(stage.strategy, observation, record, arrange=pack.rows)
-        yield from reduce.install(core.multi_modal_projector)
-        yield core.register_forward_hook(hide_marks)
-        yield from ShortenPrompts(stage.placement.positions, record).install(core.language_model)
+        placed = Placed.of(stages, core.language_model)
+        store = SignalStore(core.get_input_embeddings().weight.dtype)
+        pack = _PackImages(core, _per(placed), _newline(placed), store if placed.inside else None)
+        if placed.before is not None or placed.inside:
+            observation = Observation()
+            yield from tower_adapter(core.vision_tower).install(
+                core.vision_tower, placed.of_tower, observation, feature_layer(core.config)
+            )
+            yield from pack.install()
+            later = pack.known if placed.inside else None
+            reduce = ReduceBeforeProjector(placed.strategy, observation, record, later, pack.rows)
+            yield from reduce.install(core.multi_modal_projector)
+        yield from placed.install(model, FindImages(pack.find), store, record)
+        yield from lost_images_guard(core)
 
 
-def _per(stage: Stage) -> Per:
-    found = {step.per for step in stage.strategy.steps if isinstance(step, Budgeted)}
+def _per(placed: Placed) -> Per:
+    """What the budgets before the LLM are for; inside of it, images are all that is known."""
+    for stage in placed.inside.values():
+        if "crop" in _pers(stage):
+            raise UnsupportedError(
+                f"per='crop' in {shown(stage.strategy)!r}: inside the language model crops are "
+                "packed into one sequence; give a budget per image"
+            )
+    found = set() if placed.before is None else _pers(placed.before)
     if len(found) > 1:
         raise UnsupportedError(f"steps of one stage must share per, got {sorted(found)}")
-    return found.pop() if found else "image"
+    per = found.pop() if found else "image"
+    if per == "crop" and placed.inside:
+        raise UnsupportedError(
+            "per='crop' before the LLM cannot be combined with stages after a layer; give a budget "
+            "per image"
+        )
+    return per
+
+
+def _pers(stage: Stage) -> set[Per]:
+    return {step.per for step in stage.strategy.steps if isinstance(step, Budgeted)}
+
+
+def _newline(placed: Placed) -> Newline:
+    if placed.before is None:
+        return "keep"
+    assert isinstance(placed.before.placement, BeforeLLM)
+    return placed.before.placement.newline
 
 
 class _PackImages(NotCopyable):
@@ -90,16 +127,24 @@ class _PackImages(NotCopyable):
 
     The sizes of the images reach `get_image_features` and nothing below it, and `generate` calls
     that method from outside of any `forward`, so the one method is wrapped on the one instance.
+
+    Args:
+        core: the model without its head.
+        per: what budgets before the LLM are for.
+        newline: what becomes of newline tokens.
+        store: where to leave what is known of packed images, for stages inside the LLM; or None.
     """
 
-    def __init__(self, per: Per, newline: Newline) -> None:
+    def __init__(self, core: Any, per: Per, newline: Newline, store: SignalStore | None) -> None:
+        self.core = core
         self.per = per
         self.newline = newline
+        self.store = store
         self._local = threading.local()
 
-    def install(self, core: Any) -> Iterator[Removable]:
+    def install(self) -> Iterator[Removable]:
         """Yield the handle."""
-        name = "get_image_features"
+        core, name = self.core, "get_image_features"
         if name in vars(core):
             raise AttachError(f"somebody else has replaced {type(core).__name__}.{name}")
         original = getattr(core, name)
@@ -108,10 +153,7 @@ class _PackImages(NotCopyable):
         # `generate` chooses arguments by the signature, which `wraps` hands on.
         @functools.wraps(original)
         def encode(*args: Any, **kwargs: Any) -> Any:
-            sizes = signature.bind(*args, **kwargs).arguments["image_sizes"]
-            vision = core.config.vision_config
-            patches = (vision.image_size // vision.patch_size) ** 2
-            packing = Packing.of(core, torch.as_tensor(sizes).cpu(), patches)
+            packing = self._packing(signature.bind(*args, **kwargs).arguments["image_sizes"])
             self._local.packing = packing
             try:
                 output = original(*args, **kwargs)
@@ -119,6 +161,8 @@ class _PackImages(NotCopyable):
                 del self._local.packing
             if self.newline == "drop":
                 output.pooler_output = _without_newlines(output.pooler_output, packing)
+            if self.store is not None:
+                self.store.put(output.pooler_output, self._local.known, packing.places)
             return output
 
         setattr(core, name, encode)
@@ -130,6 +174,25 @@ class _PackImages(NotCopyable):
         if packing is None:
             raise AttachError("the projector ran outside of the model's own get_image_features")
         return packing.per_crop() if self.per == "crop" else packing.per_image()
+
+    def known(self, features: Tensor, signals: Signals) -> None:
+        """Take what is known of the images being encoded."""
+        self._local.known = signals
+
+    def find(self, ids: Tensor, kwargs: dict[str, Any]) -> Images:
+        """The images of a call of the whole model."""
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is None:
+            places = self._packing(kwargs["image_sizes"]).places
+        else:
+            assert self.store is not None
+            places = self.store.places(encoded.pooler_output)
+        return Images.of(ids == self.core.config.image_token_id, places)
+
+    def _packing(self, sizes: Any) -> Packing:
+        vision = self.core.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        return Packing.of(self.core, torch.as_tensor(sizes).cpu(), patches)
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,6 @@ def test_detaching_restores_the_method_and_the_outputs(model: Any) -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("fastv | evict(5) @ after-layer(1)", "it offers 'before-llm'"),
         ("cls-attention | evict(5, per='frame')", "has no frames"),
         ("cls-attention | evict(5, per='crop') | tome(3)", "must share per"),
     ],
