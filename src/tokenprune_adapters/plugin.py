@@ -96,7 +96,7 @@ def tokenprune_models() -> Iterable[ModelPlugin]:
     )
     yield ModelPlugin(
         "hf-video-llava",
-        "Video-LLaVA of transformers (pictures and videos), before the LLM",
+        "Video-LLaVA of transformers (pictures and videos), before the LLM and after its layers",
         _video_llava,
         (
             "transformers.models.video_llava.modeling_video_llava."

@@ -183,10 +183,11 @@ class Recompute:
         members = [n for n, each in enumerate(self.images) if each == image and bool(alive[n])]
         end = max(n for n, each in enumerate(self.images) if each == image)
         text = [n for n, each in enumerate(self.images) if each == -1 and n > end]
+        last = int(alive.nonzero()[-1])  # of a prompt that ends with an image, what is left of it
         look = Look(
             x[members],
-            maps[-1, members],
-            maps[text or [-1]][:, members].mean(0),
+            maps[last, members],
+            maps[text or [last]][:, members].mean(0),
             torch.tensor(self.cls)[members],
             sizes[members],
         )

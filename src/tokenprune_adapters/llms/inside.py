@@ -251,7 +251,8 @@ def refuse_candidates(model: nn.Module, args: object, kwargs: dict[str, Any]) ->
     and nothing tells where it ends but how many logits are asked for.
     """
     kept = kwargs.get("logits_to_keep", 0)
-    images = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")
+    pixels = any(given is not None for name, given in kwargs.items() if name.startswith("pixel_"))
+    images = pixels or kwargs.get("mm_encoder_outputs")
     generating = kwargs.get("past_key_values") is not None
     if images and generating and isinstance(kept, int) and kept > 1:
         raise UnsupportedError(

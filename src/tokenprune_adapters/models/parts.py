@@ -17,10 +17,11 @@ from ..marks import marked
 
 
 def hide_marks(core: nn.Module, args: object, output: Any) -> None:
-    """Callers see the image features that entered the language model, without marks."""
-    features = getattr(output, "image_hidden_states", None)
-    if features is not None:
-        output.image_hidden_states = features[~marked(features)]
+    """Callers see the features that entered the language model, without marks."""
+    for name in ("image_hidden_states", "video_hidden_states"):
+        features = getattr(output, name, None)
+        if features is not None:
+            setattr(output, name, features[~marked(features)])
 
 
 def tower_adapter(tower: nn.Module) -> TowerAdapter:

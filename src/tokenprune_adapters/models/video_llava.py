@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,23 +16,30 @@ from torch import Tensor, nn
 from tokenprune.adapter import ModelAdapter, NotCopyable, Observation, Removable
 from tokenprune.budget import Budgeted, Per
 from tokenprune.errors import AttachError, UnsupportedError
-from tokenprune.placement import BeforeLLM, Placement
+from tokenprune.placement import AfterLayer, BeforeLLM, Placement
 from tokenprune.report import Record
-from tokenprune.signals import ClsAttention, Signal
+from tokenprune.signals import (
+    ClsAttention,
+    LastQueryAttention,
+    Signal,
+    Signals,
+    TextQueryAttention,
+)
 from tokenprune.strategy import Stage, Strategy
 
 from ..carry import carried, carry
-from ..llms.shorten import ShortenPrompts, check_llm
-from ..marks import marked
+from ..llms.images import Images
+from ..llms.shorten import check_llm
+from ..llms.store import Ids, SignalStore
 from ..projection import ReduceBeforeProjector
 from ..rowing import Rows
 from ..versions import check_transformers, lost_images_guard
 from .parts import feature_layer, tower_adapter
-from .placed import before_llm
+from .placed import FindImages, Placed
 
 
 class VideoLlavaAdapter(ModelAdapter):
-    """Reduces pictures and videos before the projector.
+    """Reduces pictures and videos before the projector, after decoder layers, or both.
 
     With ``per="image"`` (the default) a budget counts patches of a picture or of a whole video,
     with ``per="frame"`` those of every frame (FasterVLM's branch for videos), a picture being a
@@ -41,9 +48,10 @@ class VideoLlavaAdapter(ModelAdapter):
     """
 
     def provides(self, model: nn.Module, placement: Placement) -> frozenset[type[Signal]]:
-        if not isinstance(placement, BeforeLLM):
+        if not isinstance(placement, (BeforeLLM, AfterLayer)):
             raise UnsupportedError(
-                f"{type(model).__name__} does not offer {placement!r}; it offers 'before-llm'"
+                f"{type(model).__name__} does not offer {placement!r}; it offers 'before-llm' and "
+                "'after-layer(2)' (any layer)"
             )
         # Below 5.19 transformers mixes up the videos of expanded prompts, see versions.py.
         check_transformers(oldest=(5, 19))
@@ -52,26 +60,30 @@ class VideoLlavaAdapter(ModelAdapter):
         # The two towers are made from one config.
         provided = tower_adapter(core.video_tower).provides(core.video_tower)
         _check_select_strategy(core, has_cls=ClsAttention in provided)
+        if isinstance(placement, AfterLayer):
+            return provided | {LastQueryAttention, TextQueryAttention}
         return provided
 
     def install(
         self, model: nn.Module, stages: tuple[Stage, ...], record: Record
     ) -> Iterator[Removable]:
         core: Any = model.model
-        stage = before_llm(stages)
-        assert stage is not None
-        assert isinstance(stage.placement, BeforeLLM)
-        observation = Observation()
-        for tower in (core.image_tower, core.video_tower):
-            yield from tower_adapter(tower).install(
-                tower, stage.strategy.signals, observation, feature_layer(core.config)
-            )
+        per = _per(stages)
+        placed = Placed.of(stages, core.language_model)
+        store = SignalStore(core.get_input_embeddings().weight.dtype)
         passes = _Passes(core)
-        yield from passes.install(per_video=_per(stage) == "image")
-        reduce = _ReduceBoth(core, stage.strategy, _per(stage), observation, record, passes)
-        yield from reduce.install()
-        yield core.register_forward_hook(_hide_marks)
-        yield from ShortenPrompts(stage.placement.positions, record).install(core.language_model)
+        if placed.before is not None or placed.inside:
+            observation = Observation()
+            for tower in (core.image_tower, core.video_tower):
+                yield from tower_adapter(tower).install(
+                    tower, placed.of_tower, observation, feature_layer(core.config)
+                )
+            yield from passes.install(per_video=per == "image")
+            later = store.put if placed.inside else None
+            reduce = _ReduceBoth(core, placed.strategy, per, observation, record, passes, later)
+            yield from reduce.install()
+        find = _FindVisual(core, per)
+        yield from placed.install(model, FindImages(find.images), store, record)
         yield from lost_images_guard(core)
 
 
@@ -87,23 +99,30 @@ def _check_select_strategy(core: Any, has_cls: bool) -> None:
         )
 
 
-def _per(stage: Stage) -> Per:
-    """What the budgets of `stage` are for: to this model, a frame is a crop."""
+def _per(stages: tuple[Stage, ...]) -> Per:
+    """What the budgets of `stages` are for: to this model, a frame is a crop."""
     found: set[Per] = set()
-    for step in stage.strategy.steps:
+    for step in (step for stage in stages for step in stage.strategy.steps):
         if isinstance(step, Budgeted):
             found.add("frame" if step.per == "crop" else step.per)
     if len(found) > 1:
-        raise UnsupportedError(f"steps of one stage must share per, got {sorted(found)}")
+        raise UnsupportedError(f"steps of all stages must share per, got {sorted(found)}")
     return found.pop() if found else "image"
 
 
-def _hide_marks(core: nn.Module, args: object, output: Any) -> None:
-    """Callers see the features that entered the language model, without marks."""
-    for name in ("image_hidden_states", "video_hidden_states"):
-        features = getattr(output, name, None)
-        if features is not None:
-            setattr(output, name, features[~marked(features)])
+def _patches(core: Any) -> int:
+    """Patches of a picture or frame."""
+    vision = core.config.vision_config
+    return int(vision.image_size // vision.patch_size) ** 2
+
+
+def _shown_cls(core: Any) -> int:
+    """[CLS] tokens that the language model sees of every frame."""
+    return 1 if core.config.vision_feature_select_strategy == "default" else 0
+
+
+_FRAMES = "tokenprune_frames"
+"""Attribute of encoded videos: how many frames each has."""
 
 
 class _Passes(NotCopyable):
@@ -150,6 +169,15 @@ class _Passes(NotCopyable):
         """Whether the pictures of the same batch of prompts were reduced before."""
         return getattr(self._local, "pictures", False)
 
+    def note(self, features: Tensor, known: Signals) -> None:
+        """Take what is known of videos, until their [CLS] are back beside the patches."""
+        self._local.known = known
+
+    def noted(self) -> Signals | None:
+        """What was taken last, once."""
+        known: Signals | None = self._local.__dict__.pop("known", None)
+        return known
+
     def _wrap(self, name: str) -> Iterator[Removable]:
         if name in vars(self.core):
             raise AttachError(f"somebody else has replaced {type(self.core).__name__}.{name}")
@@ -162,9 +190,12 @@ class _Passes(NotCopyable):
             pixels = signature.bind(*args, **kwargs).arguments["pixel_values_videos"]
             self._local.videos = tuple(pixels.shape[:2])
             try:
-                return original(*args, **kwargs)
+                output = original(*args, **kwargs)
             finally:
                 del self._local.videos
+            # `generate` hands this to `forward` in place of the pixels.
+            setattr(output, _FRAMES, pixels.shape[1])
+            return output
 
         setattr(self.core, name, encode)
         yield _Attribute(self.core, name)
@@ -175,8 +206,7 @@ class _Passes(NotCopyable):
         if shape is None:
             raise AttachError("the projector ran outside of the model's own get_video_features")
         videos, frames = shape
-        vision = self.core.config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
+        patches = _patches(self.core)
         index = torch.arange(videos * frames * patches).reshape(videos, frames * patches)
         return Rows(index, torch.ones_like(index, dtype=torch.bool), patches)
 
@@ -193,6 +223,59 @@ class _Attribute:
         vars(self.owner).pop(self.name, None)
 
 
+class _FindVisual:
+    """Finds pictures, videos and frames in prompts by their placeholders.
+
+    Args:
+        core: the model.
+        per: what a budget is for: ``"image"`` or ``"frame"``.
+    """
+
+    def __init__(self, core: Any, per: Per) -> None:
+        self.core = core
+        self.per = per
+
+    def images(self, ids: Tensor, kwargs: dict[str, Any]) -> Images:
+        """Whatever shares a budget in a batch of prompts, in order."""
+        config = self.core.config
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        pixels = kwargs.get("pixel_values_videos")
+        given = pixels is not None or encoded.get("video") is not None
+        video = (ids == config.video_token_id) & given
+        given = any(kwargs.get(name) is not None for name in _PICTURES)
+        picture = (ids == config.image_token_id) & (given or encoded.get("image") is not None)
+        placeholders = picture | video
+        frames = 1
+        if self.per == "image" and (pixels is not None or encoded.get("video") is not None):
+            frames = _frames(pixels, encoded.get("video"))
+        patches = torch.arange(_patches(self.core))
+        cls = patches.new_full((_shown_cls(self.core),), -1)
+        each = [torch.cat([cls, patches + frame * len(patches)]) for frame in range(frames)]
+        places = []
+        of_video = video[placeholders].tolist()
+        start = 0
+        while start < len(of_video):
+            places.append(torch.cat(each) if of_video[start] else patches)
+            start += len(places[-1])
+        if not places:
+            return Images.alike(placeholders, 0, len(patches))
+        return Images.of(placeholders, places)
+
+
+_PICTURES = ("pixel_values", "pixel_values_images")
+
+
+def _frames(pixels: Tensor | None, encoded: Any) -> int:
+    """How many frames each video has, from its pixels or as it was encoded."""
+    frames = getattr(encoded, _FRAMES, None) if pixels is None else pixels.shape[1]
+    if frames is None:
+        raise UnsupportedError(
+            "it is not known how many frames the encoded videos have: they did not come from the "
+            "attached model's own get_video_features; pass pixel_values_videos, or per='frame'"
+        )
+    return int(frames)
+
+
 class _ReduceBoth(NotCopyable):
     """The hooks on the projector, which pictures and videos share.
 
@@ -202,19 +285,22 @@ class _ReduceBoth(NotCopyable):
     def __init__(
         self,
         core: Any,
-        strategy: Strategy,
+        strategy: Strategy | None,
         per: Per,
         observation: Observation,
         record: Record,
         passes: _Passes,
+        later: Callable[[Tensor, Signals], None] | None,
     ) -> None:
         self.core = core
         self.record = record
         self.passes = passes
-        self.cls = 1 if core.config.vision_feature_select_strategy == "default" else 0
+        self.cls = _shown_cls(core)
+        self.later = later
         arrange = passes.per_video if per == "image" else None
-        self.pictures = ReduceBeforeProjector(strategy, observation, record)
-        self.videos = ReduceBeforeProjector(strategy, observation, record, arrange=arrange)
+        self.pictures = ReduceBeforeProjector(strategy, observation, record, later)
+        note = None if later is None else passes.note
+        self.videos = ReduceBeforeProjector(strategy, observation, record, note, arrange)
 
     def install(self) -> Iterator[Removable]:
         """Yield the handles."""
@@ -245,16 +331,27 @@ class _ReduceBoth(NotCopyable):
         beside = carried(args[0])
         if not isinstance(beside, _Beside):
             return self.pictures.after(projector, args, output)
+        left = (carry(args[0], beside.left),)
         if beside.shape is None:
-            self.videos.after(projector, (carry(args[0], beside.left),), output[:, self.cls :])
+            self.videos.after(projector, left, output[:, self.cls :])
+            self._remember(output)
             return None
         rows, kept, _ = beside.shape
         frames = output.shape[1] - rows * kept
         cls, short = output[0, :frames], output[0, frames:].reshape(rows, kept, -1)
-        patches = self.videos.after(projector, (carry(args[0], beside.left),), short)
+        patches = self.videos.after(projector, left, short)
         assert patches is not None
         cls = cls.reshape(patches.shape[0], self.cls, patches.shape[2])
-        return torch.cat([cls, patches], dim=1)
+        features = torch.cat([cls, patches], dim=1)
+        self._remember(features)
+        return features
+
+    def _remember(self, features: Tensor) -> None:
+        """Leave what is known of `(frames, slots, channels)` for stages inside the LLM."""
+        known = self.passes.noted()
+        if self.later is not None and known is not None:
+            rows = known[Ids()].shape[0]
+            self.later(features.reshape(rows, -1, features.shape[2]), known)
 
 
 @dataclass(frozen=True, eq=False)
