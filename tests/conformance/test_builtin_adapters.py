@@ -119,7 +119,12 @@ def models() -> Iterable[ModelCase]:
         tiny_llava,
         llava_prompts,
         llava_batch,
-        placements=[AfterLayer(1), AfterLayer(2), AfterLayer(2, "reindexed")],
+        placements=[
+            AfterLayer(1),
+            AfterLayer(2, "reindexed"),
+            (AfterLayer(1, "reindexed"), AfterLayer(2)),
+            (BeforeLLM("original"), AfterLayer(1)),
+        ],
         generate=llava_text,
     )
 
@@ -139,7 +144,7 @@ def llava_next_case() -> ModelCase:
         llava_next.tiny_llava_next,
         next_prompts,
         lambda batch: llava_next.collate([prompt.inputs for prompt in batch]),
-        placements=[BeforeLLM(), AfterLayer(1), AfterLayer(2, "reindexed")],
+        placements=[BeforeLLM(), AfterLayer(2, "reindexed"), (BeforeLLM(), AfterLayer(1))],
         generate=llava_text,
         wraps=["model.get_image_features"],
     )

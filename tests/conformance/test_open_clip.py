@@ -80,7 +80,7 @@ def reducing_case(name: str, prefix: int) -> ModelCase:
         maker(name),
         partial(prompts, prefix),
         collate,
-        placements=[AfterLayer(1), AfterLayer(3)],
+        placements=[AfterLayer(1), (AfterLayer(1), AfterLayer(3))],
         unsupported=[BeforeLLM()],
         next_logits=embedded,
         generate=repeated,

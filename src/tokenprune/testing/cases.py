@@ -179,7 +179,7 @@ class ModelCase:
         prompts: makes at least three prompts of different lengths: one image, two images and text
             only. With a batch of one, or without padding, most faults are invisible too.
         collate: makes left-padded keyword arguments of forward from prompts.
-        placements: where the adapter says that it can act.
+        placements: where the adapter says that it can act; a tuple is several stages at once.
         unsupported: placements that it must refuse; one that no model can serve is always tried.
         scorer: what ranks; its choice must not depend on the text.
         adapter: name of the model adapter, where several claim the class.
@@ -206,7 +206,7 @@ class ModelCase:
     build: Callable[[], nn.Module]
     prompts: Callable[[], Sequence[Prompt]]
     collate: Callable[[Sequence[Prompt]], dict[str, Any]]
-    placements: Sequence[Placement] = (BeforeLLM(),)
+    placements: Sequence[Placement | tuple[Placement, ...]] = (BeforeLLM(),)
     unsupported: Sequence[Placement] = ()
     scorer: Scorer = RandomScorer()  # noqa: RUF009
     adapter: str | None = None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ..adapter import Removable
 from ..attach import Attachment, attach
 from ..budget import Keep
 from ..errors import TokenpruneError, UnsupportedError
-from ..placement import AfterLayer, BeforeLLM, Placement
+from ..placement import AfterLayer, Placement
 from ..plugins import registry
 from ..reducers import Evict
 from ..report import Record
@@ -30,14 +30,18 @@ from .snapshot import Interrupted, Snapshot, interrupted_installs
 HALF = 0.5
 
 
-def _stage(case: ModelCase, placement: Placement, keep: int | float) -> Stage:
-    return Strategy(case.scorer, Evict(keep)).at(placement)
+Places: TypeAlias = Placement | tuple[Placement, ...]
+
+
+def _stages(case: ModelCase, places: Places, keep: int | float) -> tuple[Stage, ...]:
+    strategy = Strategy(case.scorer, Evict(keep))
+    return tuple(map(strategy.at, places if isinstance(places, tuple) else (places,)))
 
 
 def _attach(
-    case: ModelCase, model: nn.Module, placement: Placement, keep: int | float = HALF
+    case: ModelCase, model: nn.Module, places: Places, keep: int | float = HALF
 ) -> Attachment:
-    return attach(model, _stage(case, placement, keep), adapter=case.adapter)
+    return attach(model, *_stages(case, places, keep), adapter=case.adapter)
 
 
 def _all(case: ModelCase) -> tuple[nn.Module, Sequence[Prompt], dict[str, Any]]:
@@ -103,7 +107,7 @@ def check_m2_detaching_restores_the_model(case: ModelCase) -> None:
 
         known = registry()
         adapter = known.claiming(known.models, model, case.adapter).factory()
-        stages = (_stage(case, placement, HALF),)
+        stages = _stages(case, placement, HALF)
 
         def install(adapter: Any = adapter, stages: Any = stages) -> Iterator[Removable]:
             installing: Iterator[Removable] = adapter.install(model, stages, Record())
@@ -153,10 +157,11 @@ def check_m4_llm_sees_the_kept_tokens(case: ModelCase) -> None:
         for prompt in prompts:
             inputs = case.collate([prompt])
             whole = list(case.cache_lengths(model, inputs))
-            kept = [Keep(HALF).count(visual) for visual in prompt.visual]
-            short = prompt.length - sum(prompt.visual) + sum(kept)
-            seen = _layers_before(placement, len(whole))
-            expected = [prompt.length] * seen + [short] * (len(whole) - seen)
+            text, kept = prompt.length - sum(prompt.visual), list(prompt.visual)
+            expected = [prompt.length] * len(whole)
+            for start in _starts(placement):
+                kept = [Keep(HALF).count(visual) for visual in kept]
+                expected[start:] = [text + sum(kept)] * len(expected[start:])
             where = f"{case.name} at {placement}, prompt of {prompt.length} tokens"
             with _attach(case, model, placement) as attachment:
                 got = list(case.cache_lengths(model, inputs))
@@ -165,10 +170,9 @@ def check_m4_llm_sees_the_kept_tokens(case: ModelCase) -> None:
                     continue
                 told = [image.after for image in attachment.report.images]
                 require(sum(told) == sum(kept), f"{where}: the report says {told}, not {kept}")
-                if case.oracle is not None:
-                    chosen = _chosen(attachment)
-                    logits = case.next_logits(model, inputs)[0]
-            if case.oracle is not None:
+                chosen = _chosen(attachment)
+                logits = case.next_logits(model, inputs)[0]
+            if case.oracle is not None and isinstance(placement, Placement):
                 oracle = case.oracle(model, prompt, chosen, placement, 1)[0]
                 _close(case, logits, oracle, f"{where}, with the kept tokens {chosen}")
 
@@ -180,8 +184,10 @@ def check_m5_what_is_unsupported_is_refused(case: ModelCase) -> None:
     model, _, batch = _all(case)
     expected = case.next_logits(model, batch)
     before = Snapshot(model)
-    stages = [Strategy(_AsksTooMuch(), Evict(HALF)).at(placement) for placement in case.placements]
-    stages += [_stage(case, placement, HALF) for placement in (*case.unsupported, Nowhere())]
+    asks = Strategy(_AsksTooMuch(), Evict(HALF))
+    stages = [asks.at(place) for place in case.placements if isinstance(place, Placement)]
+    for placement in (*case.unsupported, Nowhere()):
+        stages += _stages(case, placement, HALF)
     for stage in stages:
         try:
             attach(model, stage, adapter=case.adapter).detach()
@@ -209,7 +215,7 @@ def check_m6_generation_equals_recomputation(case: ModelCase) -> None:
                 whole = case.extend(batch, ids[:, :step]) if step else batch
                 what = f"step {step} of a generation at {placement}"
                 _close(case, logits[:, step], case.next_logits(model, whole), what)
-        if case.oracle is None:
+        if case.oracle is None or not isinstance(placement, Placement):
             continue
         for number, prompt in enumerate(prompts):
             with _attach(case, model, placement) as attachment:
@@ -229,8 +235,8 @@ def check_m7_reduction_takes_place(case: ModelCase) -> None:
         where = f"{case.name} at {placement}"
         answers = []
         for seed in (0, 1):
-            stage = Strategy(RandomScorer(seed), Evict(1)).at(placement)
-            with attach(model, stage, adapter=case.adapter) as attachment:
+            seeded = replace(case, scorer=RandomScorer(seed))
+            with _attach(seeded, model, placement, 1) as attachment:
                 answers.append(case.next_logits(model, batch))
                 images = attachment.report.images
                 require(bool(images), f"{where} reports no image")
@@ -258,11 +264,10 @@ def _chosen(attachment: Attachment) -> list[list[int]]:
     return [row[mask].tolist() for row, mask in zip(plan.anchors, plan.mask, strict=True)]
 
 
-def _layers_before(placement: Placement, layers: int) -> int:
-    """Layers of the language model that see every token."""
-    if isinstance(placement, BeforeLLM):
-        return 0
-    return min(placement.layers, layers) if isinstance(placement, AfterLayer) else layers
+def _starts(places: Places) -> list[int]:
+    """The first layer of the language model, or of a tower, that each stage makes shorter."""
+    stages = places if isinstance(places, tuple) else (places,)
+    return sorted(place.layers if isinstance(place, AfterLayer) else 0 for place in stages)
 
 
 def _undeclared(case: ModelCase, before: Snapshot) -> list[str]:

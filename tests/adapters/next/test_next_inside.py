@@ -187,7 +187,9 @@ def test_merging_inside(model: Any) -> None:
     torch.testing.assert_close(answer.logits[:, 0], plain, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("recipe", ["vtw(layer=2)", "pyramiddrop(first=1, second=2, third=3)", "fastv(keep=5)"])
+@pytest.mark.parametrize(
+    "recipe", ["vtw(layer=2)", "pyramiddrop(first=1, second=2, third=3)", "fastv(keep=5)"]
+)
 def test_recipes(model: Any, recipe: str) -> None:
     inputs = collate(prompts())
     vanilla = generate(model, inputs, STEPS)
