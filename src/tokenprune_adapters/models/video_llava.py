@@ -193,8 +193,9 @@ class _Passes(NotCopyable):
                 output = original(*args, **kwargs)
             finally:
                 del self._local.videos
-            # `generate` hands this to `forward` in place of the pixels.
-            setattr(output, _FRAMES, pixels.shape[1])
+            if not isinstance(output, tuple):
+                # `generate` hands this to `forward` in place of the pixels.
+                setattr(output, _FRAMES, pixels.shape[1])
             return output
 
         setattr(self.core, name, encode)

@@ -310,10 +310,21 @@ def test_merging_inside_never_takes_cls(model: Any) -> None:
         close(reduced(model, stage, batch=[prompt]).logits[0], together.logits[row])
 
 
+@PER
+@torch.no_grad()
+def test_features_that_were_encoded_by_hand(model: Any, per: str) -> None:
+    wanted = greedy(model, prompts()[1:2], [Cut(2, evict(4, "cls"))], per, steps=1)[1][:, 0]
+    inputs = collate(prompts()[1:2])
+    pixels = inputs.pop("pixel_values_videos")
+    with tokenprune.attach(model, spec(4, by="cls", per=per)):
+        encoded = model.model.get_video_features(pixels)
+        close(model(**inputs, mm_encoder_outputs={"video": encoded}).logits[:, -1], wanted)
+        first, *_ = model.model.get_video_features(pixels, return_dict=False)
+        assert torch.equal(first, encoded.last_hidden_state)
+
+
 def test_features_that_were_encoded_elsewhere(model: Any) -> None:
     """Frames of a video are then unknown; per frame there is nothing to know."""
-    if "mm_encoder_outputs" not in model.model.forward.__code__.co_names and VERSION < (5, 19):
-        pytest.skip("this version encodes in forward alone")
     inputs = collate(prompts()[1:2])
     with torch.no_grad():
         encoded = model.model.get_video_features(inputs.pop("pixel_values_videos"))
