@@ -32,6 +32,26 @@ STEPS = 5
 POSITIONS = pytest.mark.parametrize("positions", ["original", "reindexed"])
 PER = pytest.mark.parametrize("per", ["image", "frame"])
 SCORERS = {"last": "fastv", "text": "fastv(queries='text')", "cls": "cls-attention"}
+ALL_RECIPES = [
+    "vtc-cls(keep=6)",
+    "fastervlm",
+    "random(keep=6)",
+    "uniform(keep=6)",
+    "tome(keep=6)",
+    "kmeans(keep=6)",
+    "prumerge",
+    "prumerge-plus(keep=6)",
+    "vispruner(keep=6)",
+    "visionzip(keep=6)",
+    "divprune(keep=6)",
+    "fopru",
+    "fopru(mode='row')",
+    "pool(6)",
+    "fastv",
+    "vtc-cls-in-llm(keep=6)",
+    "vtw(layer=2)",
+    "pyramiddrop(first=1, second=2, third=3)",
+]
 _shared = lru_cache(tiny_video_llava)
 
 
@@ -394,3 +414,15 @@ def test_inputs_embeds_are_refused(model: Any) -> None:
     embeds = torch.zeros(1, 4, 32)
     with tokenprune.attach(model, spec(4)), pytest.raises(UnsupportedError, match="pass input_ids"):
         model(inputs_embeds=embeds)
+
+
+@pytest.mark.parametrize("recipe", ALL_RECIPES)
+def test_every_recipe_treats_a_batch_as_its_rows(model: Any, recipe: str) -> None:
+    """Signals of both towers, in rows of pictures and videos."""
+    together = reduced(model, recipe, steps=2)
+    assert together.logits.isfinite().all()
+    vanilla = generate(model, collate(prompts()), 2)
+    assert not torch.equal(together.logits[[0, 1, 3]], vanilla.logits[[0, 1, 3]])
+    for row, prompt in enumerate(prompts()):
+        alone = reduced(model, recipe, batch=[prompt], steps=2)
+        close(alone.logits[0], together.logits[row])
