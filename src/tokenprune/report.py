@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,8 @@ class Report:
             after the last.
         layers: the latest call's visual tokens, all images together, in the LLM (or in a tower that
             is itself the model): pairs of a layer and the tokens from that layer on.
+        kept: for each image of the latest reduction, where the kept tokens come from: patches, or
+            crop (or frame) times patches per crop plus patch; see `Reduction.places`.
         calls: batches of images reduced since attaching.
         tokens_before, tokens_after: visual tokens of all those calls.
         selector_seconds: time spent scoring, deciding and applying, over all calls.
@@ -41,6 +44,7 @@ class Report:
 
     images: tuple[ImageReport, ...] = ()
     layers: tuple[tuple[int, int], ...] = ()
+    kept: tuple[tuple[int, ...], ...] = ()
     calls: int = 0
     tokens_before: int = 0
     tokens_after: int = 0
@@ -172,7 +176,12 @@ class Record:
         """The numbers so far; waits for the GPU where timings are still out."""
         with self._lock:
             self._settle(wait=True)
-            return self._report
+            if self._last is None:
+                return self._report
+            tokens = self._last.tokens
+            rows = zip(tokens.positions.tolist(), tokens.mask.tolist(), strict=True)
+            kept = tuple(tuple(itertools.compress(places, mask)) for places, mask in rows)
+            return replace(self._report, kept=kept)
 
     @property
     def last(self) -> Reduction:

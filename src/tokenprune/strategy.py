@@ -56,11 +56,15 @@ class Reduction:
         tokens: the reduced visual tokens.
         plan: all steps as one plan, with respect to the input.
         scores: `(batch, tokens)` float32 of the first scorer on the input, or None.
+        places: `(batch, tokens)` int64, where the slots of the plan come from: the `positions` of
+            the input. A patch of its picture; in models that cut pictures into crops, or show
+            frames, crop times patches per crop plus patch.
     """
 
     tokens: VisualTokens
     plan: Plan
     scores: Tensor | None = None
+    places: Tensor | None = None
 
 
 @dataclass(frozen=True, init=False)
@@ -118,6 +122,7 @@ class Strategy:
 
     def _run(self, tokens: VisualTokens, signals: Signals) -> Reduction:
         plan: Plan | None = None
+        places = tokens.positions
         scores = first = None
         for number, step in enumerate(self.steps, start=1):
             if isinstance(step, Scorer):
@@ -134,7 +139,7 @@ class Strategy:
                 signals = signals.reduce(decided)
                 scores = None if scores is None else decided(scores)
         assert plan is not None
-        return Reduction(tokens, plan, first)
+        return Reduction(tokens, plan, first, places)
 
 
 @dataclass(frozen=True)

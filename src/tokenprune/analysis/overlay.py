@@ -20,6 +20,9 @@ from ..plan import Plan
 DARK = 0.22
 """What is left of the brightness of a discarded patch."""
 
+ABSENT = (128, 128, 128)
+"""The colour of what is no token, although it is in a crop."""
+
 TINT = 0.55
 """How much of a merged patch is the colour of its group."""
 
@@ -68,16 +71,100 @@ def overlay(picture: Image.Image, plan: Plan, grid: tuple[int, int], row: int = 
     if not 0 <= row < plan.anchors.shape[0]:
         raise ShapeError(f"row must be in [0, {plan.anchors.shape[0]}), got {row}")
     source = plan.source()[row].tolist()
-    members = Counter(source)
-    merged = [slot >= 0 and members[slot] > 1 for slot in source]
+    return _drawn(picture, source, _groups(source), grid)
 
+
+def overlay_crops(
+    crops: Sequence[Image.Image],
+    plan: Plan,
+    places: Tensor,
+    grid: tuple[int, int],
+    tiles: tuple[int, int],
+    row: int = 0,
+    gap: int = 6,
+) -> Image.Image:
+    """A picture of an any-resolution model: its base view, and beside it its tiles put together.
+
+    As `overlay` draws them; patches that are no token at all, because unpadding cut them away, are
+    gray.
+
+    Args:
+        crops: what the model saw: the base view, then the tiles by rows.
+        plan: what became of the visual tokens.
+        places: `(tokens,)` int64, the crop times patches per crop plus patch of each slot of the
+            plan: a row of `Reduction.places`.
+        grid: patches in height and width of a crop.
+        tiles: tiles in height and width.
+        row: row of the plan.
+        gap: pixels between base view and tiles.
+
+    Raises:
+        ShapeError: the crops are not as many as the tiles and the base view, or the plan is for
+            other tokens.
+    """
+    down, across = tiles
+    patches = grid[0] * grid[1]
+    if len(crops) != 1 + down * across:
+        raise ShapeError(
+            f"{down} x {across} tiles and a base view are {1 + down * across} crops, got "
+            f"{len(crops)}"
+        )
+    if not 0 <= row < plan.anchors.shape[0]:
+        raise ShapeError(f"row must be in [0, {plan.anchors.shape[0]}), got {row}")
+    if tuple(places.shape) != (plan.tokens,) or int(places.max()) >= patches * len(crops):
+        raise ShapeError(
+            f"places must be {plan.tokens} numbers below {patches * len(crops)}, one for each "
+            f"slot of the plan, got {tuple(places.shape)} up to {int(places.max())}"
+        )
+    source = plan.source()[row].tolist()
+    of_patch: list[int | None] = [None] * (patches * len(crops))
+    # Padding of a row says that it is patch 0: what is kept is written last.
+    for place, slot in sorted(zip(places.tolist(), source, strict=True), key=lambda each: each[1]):
+        of_patch[place] = slot
+    grouped = _groups(source)
+    drawn = [
+        _drawn(crop, of_patch[n * patches : (n + 1) * patches], grouped, grid)
+        for n, crop in enumerate(crops)
+    ]
+    wide, high = drawn[0].size
+    sheet = Image.new("RGB", (wide + gap + across * wide, down * high), (255, 255, 255))
+    sheet.paste(drawn[0], (0, (down * high - high) // 2))
+    for number, tile in enumerate(drawn[1:]):
+        sheet.paste(tile, (wide + gap + number % across * wide, number // across * high))
+    return sheet
+
+
+def _groups(source: Sequence[int]) -> frozenset[int]:
+    """Kept tokens that stand for several slots."""
+    return frozenset(slot for slot, count in Counter(source).items() if slot >= 0 and count > 1)
+
+
+def _drawn(
+    picture: Image.Image,
+    source: Sequence[int | None],
+    groups: frozenset[int],
+    grid: tuple[int, int],
+) -> Image.Image:
+    """One crop.
+
+    Args:
+        picture: what the model saw.
+        source: for each patch the number of the kept token that it is part of, -1 where it was
+            discarded, None where it never was a token.
+        groups: numbers of tokens that several patches are part of.
+        grid: patches in height and width.
+    """
     picture = picture.convert("RGB")
-    tint = _spread([_colour(max(slot, 0)) for slot in source], grid, picture)
+    tint = _spread([_colour(max(slot or 0, 0)) for slot in source], grid, picture)
     tinted = Image.blend(picture, tint, TINT)
     dark = picture.point(lambda value: int(value * DARK))
-    grouped = _spread([255 * mark for mark in merged], grid, picture)
-    kept = _spread([255 * (slot >= 0) for slot in source], grid, picture)
-    return Image.composite(Image.composite(tinted, picture, grouped), dark, kept)
+    merged = _spread([255 * (slot in groups) for slot in source], grid, picture)
+    kept = _spread([255 * (slot is not None and slot >= 0) for slot in source], grid, picture)
+    shown = Image.composite(Image.composite(tinted, picture, merged), dark, kept)
+    if None not in source:
+        return shown
+    absent = _spread([255 * (slot is None) for slot in source], grid, picture)
+    return Image.composite(Image.new("RGB", picture.size, ABSENT), shown, absent)
 
 
 def magnify(picture: Image.Image, least: int = 384) -> Image.Image:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..plan import Plan
 from ..report import Report
+from ..strategy import Reduction
 from .timing import attached
 
 if TYPE_CHECKING:
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said; report and plan are None for vanilla."""
+    """What the model said; report and reduction are None for vanilla."""
 
     text: str
     report: Report | None = None
-    plan: Plan | None = None
+    reduction: Reduction | None = None
 
 
 def answer(loaded: Loaded, inputs: BatchFeature, spec: str | None, tokens: int) -> Answer:
@@ -41,4 +41,4 @@ def answer(loaded: Loaded, inputs: BatchFeature, spec: str | None, tokens: int) 
     text: str = loaded.processor.decode(new, skip_special_tokens=True).strip()
     if pruned is None:
         return Answer(text)
-    return Answer(text, pruned.report, pruned.last.plan)
+    return Answer(text, pruned.report, pruned.last)

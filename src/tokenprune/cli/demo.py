@@ -104,9 +104,9 @@ def demo(out: Path, seed: int, runs: int) -> None:
 
 
 def _plan(column: Column) -> Plan:
-    plan = column.answers[0].plan
-    assert plan is not None
-    return plan
+    reduction = column.answers[0].reduction
+    assert reduction is not None
+    return reduction.plan
 
 
 def _sheet(seen: Image.Image, plans: dict[str, Plan], grid: tuple[int, int]) -> Image.Image:

@@ -46,9 +46,18 @@ class Loaded:
         return text
 
     def grid(self, pixels: torch.Tensor) -> tuple[int, int]:
-        """Patches in height and width of a `(3, height, width)` picture."""
+        """Patches in height and width of `(..., height, width)` pictures."""
         patch: int = self.model.config.vision_config.patch_size
-        return pixels.shape[1] // patch, pixels.shape[2] // patch
+        return pixels.shape[-2] // patch, pixels.shape[-1] // patch
+
+    def tiles(self, size: torch.Tensor) -> tuple[int, int]:
+        """Tiles in height and width that a picture of `(2,)` height and width is cut into."""
+        from transformers.image_processing_utils import select_best_resolution
+
+        config = self.model.config
+        best = select_best_resolution(size.tolist(), config.image_grid_pinpoints)
+        side: int = config.vision_config.image_size
+        return best[0] // side, best[1] // side
 
 
 def load(path: str, device: str, dtype: str) -> Loaded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +10,11 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
-from ..analysis.overlay import magnify, overlay, picture_of
+from ..analysis.overlay import magnify, overlay, overlay_crops, picture_of
 from ..errors import UnsupportedError
-from ..plan import Plan
 from ..report import Report
 from ..spec import parse_schedule, spec_of
+from ..strategy import Reduction
 from .answer import Answer, answer
 from .console import console, milliseconds, size, table
 from .loading import CommandError, Loaded, load, open_picture
@@ -60,9 +61,9 @@ def run(request: Request) -> None:
     if timings:
         out.print(explained(request.runs), style="dim")
     if request.overlay is not None:
-        plan = answers[-1].plan
-        assert plan is not None
-        write_picture(draw_overlay(loaded, inputs["pixel_values"], plan), request.overlay)
+        reduction = answers[-1].reduction
+        assert reduction is not None
+        write_picture(draw_overlay(loaded, inputs, reduction), request.overlay)
         out.print(f"overlay        {request.overlay}", markup=False, soft_wrap=True)
 
 
@@ -103,22 +104,32 @@ def kv_cache(report: Report) -> tuple[str, str]:
     return size(report.kv_bytes_vanilla), size(report.kv_bytes)
 
 
-def draw_overlay(loaded: Loaded, pixels: Tensor, plan: Plan) -> Image.Image:
-    """What the model saw of a picture, with discarded patches dark.
+def draw_overlay(loaded: Loaded, inputs: Mapping[str, Tensor], reduction: Reduction) -> Image.Image:
+    """What the model saw of a picture, with discarded patches dark; tiles beside the base view.
 
     Args:
-        loaded: whose processor made `pixels`.
-        pixels: `(1, 3, height, width)`, the `pixel_values` of one picture.
-        plan: what became of its visual tokens.
+        loaded: whose processor made `inputs`.
+        inputs: of one picture: `pixel_values` `(1, 3, height, width)`, or of several crops
+            `(1, crops, 3, height, width)` with `image_sizes`.
+        reduction: what became of its visual tokens.
     """
-    if pixels.ndim != 4:
+    pixels, looks = inputs["pixel_values"], loaded.processor.image_processor
+    if pixels.ndim not in (4, 5) or (pixels.ndim == 5 and "image_sizes" not in inputs):
         raise UnsupportedError(
-            f"an overlay needs pixel_values with axes (batch 3 height width), got "
-            f"{tuple(pixels.shape)}; models that cut a picture into crops have no overlay yet"
+            "an overlay needs pixel_values with axes (batch 3 height width), or (batch crops 3 "
+            f"height width) with image_sizes, got {tuple(pixels.shape)}"
         )
-    looks = loaded.processor.image_processor
-    picture = picture_of(pixels[0], looks.image_mean, looks.image_std)
-    return magnify(overlay(picture, plan, loaded.grid(pixels[0])))
+    seen = [
+        picture_of(each, looks.image_mean, looks.image_std)
+        for each in (pixels if pixels.ndim == 4 else pixels[0])
+    ]
+    grid = loaded.grid(pixels)
+    if pixels.ndim == 4:
+        return magnify(overlay(seen[0], reduction.plan, grid))
+    tiles = loaded.tiles(inputs["image_sizes"][0])
+    assert reduction.places is not None
+    crops = seen[: 1 + tiles[0] * tiles[1]]
+    return magnify(overlay_crops(crops, reduction.plan, reduction.places[0], grid, tiles))
 
 
 def check_writable(path: Path) -> None:
