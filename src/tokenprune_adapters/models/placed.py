@@ -104,7 +104,8 @@ class FindImages(NotCopyable):
                 "a stage after a layer needs to see the prompt as a whole; chunked prefill cannot "
                 "be combined with it, drop prefill_chunk_size"
             )
-        if encoded or any(kwargs.get(name) is not None for name in PIXELS):
+        pixels = [kwargs[name] for name in PIXELS if kwargs.get(name) is not None]
+        if encoded or any(map(len, pixels)):
             kwargs[IMAGES] = self.images(ids, kwargs)
         return args, kwargs
 
