@@ -20,7 +20,16 @@ from support.flash import flash_attention
 from support.inside_oracle import Cut, evict, say
 from support.llava import BOS, Answer, generate, picture
 from support.video_inside import RecomputeVideos, greedy
-from support.video_llava import FRAMES, PATCHES, Row, collate, prompts, tiny_video_llava, video
+from support.video_llava import (
+    FRAMES,
+    PATCHES,
+    VIDEO,
+    Row,
+    collate,
+    prompts,
+    tiny_video_llava,
+    video,
+)
 from tokenprune import MissingSignalError, UnsupportedError
 from tokenprune_adapters.versions import VERSION
 
@@ -296,7 +305,7 @@ def test_what_strategies_see(model: Any) -> None:
     assert tokens.lengths == (PATCHES, FRAMES * PATCHES, PATCHES)
     assert tokens.positions[1].tolist() == list(range(FRAMES * PATCHES))
     assert tokens.positions[0, :PATCHES].tolist() == list(range(PATCHES))
-    start = prompt.ids.index(98)
+    start = prompt.ids.index(VIDEO)
     slots = [
         start + frame * (PATCHES + 1) + 1 + patch
         for frame in range(FRAMES)
@@ -408,6 +417,13 @@ def test_more_images_than_placeholders_is_for_the_model_to_refuse(model: Any) ->
 def test_refusals(model: Any, stages: list[str], words: str) -> None:
     with pytest.raises(UnsupportedError, match=words):
         tokenprune.attach(model, *stages)
+
+
+def test_placeholders_that_stand_for_nothing_are_text(model: Any) -> None:
+    """As they are to the model itself: its embedding of the placeholder stays."""
+    batch = [Row([BOS, picture(1), 5, VIDEO, 6]), Row([BOS, 7, VIDEO, picture(2), 8])]
+    wanted = greedy(model, batch, [Cut(1, evict(4, "text"))], "image")
+    check(reduced(model, spec(4, 1, "text"), batch=batch), wanted)
 
 
 def test_inputs_embeds_are_refused(model: Any) -> None:
