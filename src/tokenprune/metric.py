@@ -30,10 +30,25 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
              [0.0000]]])
     """
     a, b = wide(a), wide(b)
-    tiny = torch.finfo(a.dtype).tiny
-    length_a = torch.linalg.vector_norm(a, dim=2).clamp_(min=tiny)[:, :, None]
-    length_b = torch.linalg.vector_norm(b, dim=2).clamp_(min=tiny)[:, None, :]
-    product = (a @ b.mT).div_(length_a).div_(length_b)
+    return _rounded(a @ b.mT, _lengths(a), _lengths(b))
+
+
+def cosine_to_all(x: Tensor, slots: Tensor) -> Tensor:
+    """`cosine` of the rows at `(batch, m)` int64 slots with all rows of `(batch, n, channels)`."""
+    x = wide(x)
+    length = _lengths(x)
+    row = torch.arange(len(x), device=x.device)[:, None]
+    return _rounded(x[row, slots] @ x.mT, length.gather(1, slots), length)
+
+
+def _lengths(x: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(x, dim=2)
+    return length.clamp_(min=torch.finfo(x.dtype).tiny)
+
+
+def _rounded(product: Tensor, length_a: Tensor, length_b: Tensor) -> Tensor:
+    """Cosines on their grid, from `(batch, m, n)` products and the lengths of rows and columns."""
+    product.div_(length_a[:, :, None]).div_(length_b[:, None, :])
     return product.mul_(_COSINE_GRID).round_().div_(_COSINE_GRID).float()
 
 

@@ -11,13 +11,14 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from ..budget import Keep, KeepLike, Per
-from ..errors import BudgetError, SpecError
-from ..metric import cosine, wide
+from ..errors import BudgetError
+from ..fields import check_choice, check_whole
+from ..metric import cosine_to_all, wide
 from ..plan import Plan
 from ..signals import ClsAttention, Keys, Signal, Signals
 from ..strategy import Reducer
 from ..tokens import VisualTokens
-from .rows import Free, column, first_of, kept_counts, marked_first, take_rows
+from .rows import Free, column, first_of, kept_counts, marked_first
 
 Heads: TypeAlias = Literal["joint", "mean"]
 """How the heads of an attention row become one: as one head over all channels, or their mean."""
@@ -61,12 +62,8 @@ class _Merging:
                 raise BudgetError("keep must be at least 1: merging always leaves the extra token")
             object.__setattr__(self, "keep", budget.amount)
             object.__setattr__(self, "per", budget.per)
-        if self.heads not in get_args(Heads):
-            raise SpecError(f"heads must be 'joint' or 'mean', got {self.heads!r}")
-        if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, int):
-            raise SpecError(f"neighbours must be an int >= 0, got {self.neighbours!r}")
-        if self.neighbours < 0:
-            raise SpecError(f"neighbours must be an int >= 0, got {self.neighbours!r}")
+        check_choice("heads", self.heads, get_args(Heads))
+        check_whole("neighbours", self.neighbours, 0)
 
     @property
     def signals(self) -> frozenset[Signal]:
@@ -268,8 +265,8 @@ def _merge(
         keys = torch.where(tokens.mask[:, :, None], keys, 0)
     own = plan.anchors[:, :, None] == here[:, None, :]
     near = min(config.neighbours, max(slots - 1, 0))
-    similar = cosine(take_rows(keys, plan.anchors), keys)
-    similar = similar.masked_fill(own | ~free[:, None, :] | ~merging[:, :, None], -2)
+    similar = cosine_to_all(keys, plan.anchors)
+    similar.masked_fill_(own | ~(free[:, None, :] & merging[:, :, None]), -2)
     index = _nearest(similar, near)
     valid = similar.gather(2, index) > -2
     added = torch.where(valid, attention[:, None, :].expand_as(similar).gather(2, index), 0)
@@ -289,4 +286,4 @@ def _nearest(similar: Tensor, count: int) -> Tensor:
     # Cosines are multiples of 2^-24, so a place below that makes every one of them unique.
     slots = similar.shape[2]
     place = wide(torch.arange(slots, device=similar.device)) / slots
-    return (wide(similar) * 2**24 - place).topk(count, dim=2).indices
+    return (wide(similar) * 2**24).sub_(place).topk(count, dim=2, sorted=False).indices

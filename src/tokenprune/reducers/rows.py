@@ -11,7 +11,7 @@ from einops import reduce
 from torch import Tensor
 
 from ..budget import Keep
-from ..errors import SpecError
+from ..fields import check_choice
 from ..metric import moderate
 from ..signals import Keys, Signal, Signals
 from ..tokens import VisualTokens
@@ -108,8 +108,7 @@ def take_rows(x: Tensor, slots: Tensor) -> Tensor:
 
 def check_metric(metric: str) -> None:
     """Refuse an unknown metric."""
-    if metric not in get_args(Metric):
-        raise SpecError(f"metric must be 'features' or 'keys', got {metric!r}")
+    check_choice("metric", metric, get_args(Metric))
 
 
 def metric_signals(metric: Metric, layer: int) -> frozenset[Signal]:
