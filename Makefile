@@ -40,7 +40,8 @@ serve: $(READY)  ## the documentation at http://127.0.0.1:8000
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 fuzz: $(READY)  ## property tests with 50 times the examples
-	TOKENPRUNE_HYPOTHESIS_PROFILE=fuzz $(PYTEST) tests/core tests/reference tests/conformance
+	TOKENPRUNE_HYPOTHESIS_PROFILE=fuzz $(PYTEST) tests/core tests/reference \
+	  tests/conformance/test_builtin_*.py tests/conformance/test_on_any_device.py
 
 mutants: $(READY)  ## change what decides, one thing at a time, and count what no test notices
 	$(BIN)/python -m pip install --quiet "mutmut>=3.8"
