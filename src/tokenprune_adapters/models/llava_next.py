@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +31,7 @@ from ..llms.store import SignalStore
 from ..projection import ReduceBeforeProjector
 from ..rowing import Rows
 from ..versions import check_transformers, lost_images_guard
+from ..wrapping import wrap_method
 from .parts import (
     check_budgets,
     check_select_strategy,
@@ -144,29 +142,20 @@ class _PackImages(NotCopyable):
 
     def install(self) -> Iterator[Removable]:
         """Yield the handle."""
-        core, name = self.core, "get_image_features"
-        if name in vars(core):
-            raise AttachError(f"somebody else has replaced {type(core).__name__}.{name}")
-        original = getattr(core, name)
-        signature = inspect.signature(original)
+        yield from wrap_method(self.core, "get_image_features", self._encode)
 
-        # `generate` chooses arguments by the signature, which `wraps` hands on.
-        @functools.wraps(original)
-        def encode(*args: Any, **kwargs: Any) -> Any:
-            packing = self._packing(signature.bind(*args, **kwargs).arguments["image_sizes"])
-            self._local.packing = packing
-            try:
-                output = original(*args, **kwargs)
-            finally:
-                del self._local.packing
-            if self.newline == "drop":
-                output.pooler_output = _without_newlines(output.pooler_output, packing)
-            if self.store is not None:
-                self.store.put(output.pooler_output, self._local.known, packing.places)
-            return output
-
-        setattr(core, name, encode)
-        yield _Attribute(core, name)
+    def _encode(self, call: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
+        packing = self._packing(arguments["image_sizes"])
+        self._local.packing = packing
+        try:
+            output = call()
+        finally:
+            del self._local.packing
+        if self.newline == "drop":
+            output.pooler_output = _without_newlines(output.pooler_output, packing)
+        if self.store is not None:
+            self.store.put(output.pooler_output, self._local.known, packing.places)
+        return output
 
     def rows(self) -> Rows:
         """Which patches share a budget, of the images being encoded."""
@@ -193,18 +182,6 @@ class _PackImages(NotCopyable):
         vision = self.core.config.vision_config
         patches = (vision.image_size // vision.patch_size) ** 2
         return Packing.of(self.core, torch.as_tensor(sizes).cpu(), patches)
-
-
-@dataclass(frozen=True)
-class _Attribute:
-    """An instance attribute that was set."""
-
-    owner: Any
-    name: str
-
-    def remove(self) -> None:
-        """Show what the class says again."""
-        vars(self.owner).pop(self.name, None)
 
 
 def _without_newlines(features: Any, packing: Packing) -> list[Tensor]:

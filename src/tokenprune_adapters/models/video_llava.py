@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +32,7 @@ from ..llms.store import Ids, SignalStore
 from ..projection import ReduceBeforeProjector
 from ..rowing import Rows
 from ..versions import check_transformers, lost_images_guard
+from ..wrapping import wrap_method
 from .parts import feature_layer, tower_adapter
 from .placed import FindImages, Placed
 
@@ -144,7 +143,7 @@ class _Passes(NotCopyable):
         yield self.core.register_forward_pre_hook(self._over)
         yield self.core.register_forward_hook(self._over, always_call=True)
         if per_video:
-            yield from self._wrap("get_video_features")
+            yield from wrap_method(self.core, "get_video_features", self._encode)
 
     def _image(self, tower: nn.Module, args: object) -> None:
         self._local.video = False
@@ -178,28 +177,17 @@ class _Passes(NotCopyable):
         known: Signals | None = self._local.__dict__.pop("known", None)
         return known
 
-    def _wrap(self, name: str) -> Iterator[Removable]:
-        if name in vars(self.core):
-            raise AttachError(f"somebody else has replaced {type(self.core).__name__}.{name}")
-        original = getattr(self.core, name)
-        signature = inspect.signature(original)
-
-        # `generate` chooses arguments by the signature, which `wraps` hands on.
-        @functools.wraps(original)
-        def encode(*args: Any, **kwargs: Any) -> Any:
-            pixels = signature.bind(*args, **kwargs).arguments["pixel_values_videos"]
-            self._local.videos = tuple(pixels.shape[:2])
-            try:
-                output = original(*args, **kwargs)
-            finally:
-                del self._local.videos
-            if not isinstance(output, tuple):
-                # `generate` hands this to `forward` in place of the pixels.
-                setattr(output, _FRAMES, pixels.shape[1])
-            return output
-
-        setattr(self.core, name, encode)
-        yield _Attribute(self.core, name)
+    def _encode(self, call: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
+        pixels: Tensor = arguments["pixel_values_videos"]
+        self._local.videos = tuple(pixels.shape[:2])
+        try:
+            output = call()
+        finally:
+            del self._local.videos
+        if not isinstance(output, tuple):
+            # `generate` hands this to `forward` in place of the pixels.
+            setattr(output, _FRAMES, pixels.shape[1])
+        return output
 
     def per_video(self) -> Rows:
         """One row per video: the patches of its frames."""
@@ -210,18 +198,6 @@ class _Passes(NotCopyable):
         patches = _patches(self.core)
         index = torch.arange(videos * frames * patches).reshape(videos, frames * patches)
         return Rows(index, torch.ones_like(index, dtype=torch.bool), patches)
-
-
-@dataclass(frozen=True)
-class _Attribute:
-    """An instance attribute that was set."""
-
-    owner: Any
-    name: str
-
-    def remove(self) -> None:
-        """Show what the class says again."""
-        vars(self.owner).pop(self.name, None)
 
 
 class _FindVisual:

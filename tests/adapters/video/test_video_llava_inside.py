@@ -419,6 +419,7 @@ def test_refusals(model: Any, stages: list[str], words: str) -> None:
         tokenprune.attach(model, *stages)
 
 
+@pytest.mark.skipif(VERSION < (5, 23), reason="taken for videos that transformers has lost")
 def test_placeholders_that_stand_for_nothing_are_text(model: Any) -> None:
     """As they are to the model itself: its embedding of the placeholder stays."""
     batch = [Row([BOS, picture(1), 5, VIDEO, 6]), Row([BOS, 7, VIDEO, picture(2), 8])]
