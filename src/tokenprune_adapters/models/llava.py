@@ -8,10 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenprune.adapter import ModelAdapter, Observation, Removable
-from tokenprune.errors import UnsupportedError
-from tokenprune.placement import AfterLayer, BeforeLLM, Placement
+from tokenprune.placement import Placement
 from tokenprune.report import Record
-from tokenprune.signals import ClsAttention, LastQueryAttention, Signal, TextQueryAttention
+from tokenprune.signals import ClsAttention, Signal
 from tokenprune.strategy import Stage
 
 from ..llms.images import Images
@@ -25,7 +24,7 @@ from .parts import (
     feature_layer,
     tower_adapter,
 )
-from .placed import FindImages, Placed
+from .placed import FindImages, Placed, check_placement, readable
 
 
 class LlavaAdapter(ModelAdapter):
@@ -35,19 +34,13 @@ class LlavaAdapter(ModelAdapter):
     """
 
     def provides(self, model: nn.Module, placement: Placement) -> frozenset[type[Signal]]:
-        if not isinstance(placement, (BeforeLLM, AfterLayer)):
-            raise UnsupportedError(
-                f"{type(model).__name__} does not offer {placement!r}; it offers 'before-llm' and "
-                "'after-layer(2)' (any layer)"
-            )
+        check_placement(model, placement)
         check_transformers()
         core: Any = model.model
         check_llm(core.language_model)
         provided = tower_adapter(core.vision_tower).provides(core.vision_tower)
-        check_select_strategy(core, has_cls=ClsAttention in provided)
-        if isinstance(placement, AfterLayer):
-            return provided | {LastQueryAttention, TextQueryAttention}
-        return provided
+        check_select_strategy(core, core.vision_tower, has_cls=ClsAttention in provided)
+        return readable(placement, provided)
 
     def install(
         self, model: nn.Module, stages: tuple[Stage, ...], record: Record

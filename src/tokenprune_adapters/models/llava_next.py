@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from tokenprune.adapter import ModelAdapter, NotCopyable, Observation, Removable
 from tokenprune.budget import Budgeted, Per
 from tokenprune.errors import AttachError, UnsupportedError
-from tokenprune.placement import AfterLayer, BeforeLLM, Newline, Placement
+from tokenprune.placement import BeforeLLM, Newline, Placement
 from tokenprune.report import Record
 from tokenprune.signals import (
     ClsAttention,
-    LastQueryAttention,
     Signal,
     Signals,
-    TextQueryAttention,
 )
 from tokenprune.spec import shown
 from tokenprune.strategy import Stage
@@ -38,7 +36,7 @@ from .parts import (
     feature_layer,
     tower_adapter,
 )
-from .placed import FindImages, Placed
+from .placed import FindImages, Placed, check_placement, readable
 
 
 class LlavaNextAdapter(ModelAdapter):
@@ -53,20 +51,14 @@ class LlavaNextAdapter(ModelAdapter):
     """
 
     def provides(self, model: nn.Module, placement: Placement) -> frozenset[type[Signal]]:
-        if not isinstance(placement, (BeforeLLM, AfterLayer)):
-            raise UnsupportedError(
-                f"{type(model).__name__} does not offer {placement!r}; it offers 'before-llm' and "
-                "'after-layer(2)' (any layer)"
-            )
+        check_placement(model, placement)
         # Below 5.19 transformers mixes up the images of expanded prompts, see versions.py.
         check_transformers(oldest=(5, 19))
         core: Any = model.model
         check_llm(core.language_model)
         provided = tower_adapter(core.vision_tower).provides(core.vision_tower)
-        check_select_strategy(core, has_cls=ClsAttention in provided)
-        if isinstance(placement, AfterLayer):
-            return provided | {LastQueryAttention, TextQueryAttention}
-        return provided
+        check_select_strategy(core, core.vision_tower, has_cls=ClsAttention in provided)
+        return readable(placement, provided)
 
     def install(
         self, model: nn.Module, stages: tuple[Stage, ...], record: Record

@@ -30,12 +30,12 @@ def tower_adapter(tower: nn.Module) -> TowerAdapter:
     return known.claiming(known.towers, tower, None).factory()
 
 
-def check_select_strategy(core: Any, has_cls: bool) -> None:
-    """The projector must get all patches, and patches alone."""
+def check_select_strategy(core: Any, tower: nn.Module, has_cls: bool) -> None:
+    """The projector must get all patches of a picture, and patches alone."""
     strategy, supported = core.config.vision_feature_select_strategy, "default"
     does = "keeps [CLS] among the patches"
     if not has_cls:
-        does, supported = f"drops the first patch of a {type(core.vision_tower).__name__}", "full"
+        does, supported = f"drops the first patch of a {type(tower).__name__}", "full"
     if strategy != supported:
         raise UnsupportedError(
             f"vision_feature_select_strategy={strategy!r} {does}; only {supported!r} is supported"

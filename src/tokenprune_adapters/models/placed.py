@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from tokenprune.adapter import NotCopyable, Removable
 from tokenprune.errors import UnsupportedError
-from tokenprune.placement import AfterLayer, BeforeLLM, Positions
+from tokenprune.placement import AfterLayer, BeforeLLM, Placement, Positions
 from tokenprune.report import Record
-from tokenprune.signals import Signal
+from tokenprune.signals import LastQueryAttention, Signal, TextQueryAttention
 from tokenprune.spec import shown
 from tokenprune.strategy import Stage, Strategy
 
@@ -24,6 +24,22 @@ from .parts import hide_marks
 
 PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 """Names of the arguments that bring pictures."""
+
+
+def check_placement(model: nn.Module, placement: Placement) -> None:
+    """Refuse what is neither before the LLM nor after one of its layers."""
+    if not isinstance(placement, (BeforeLLM, AfterLayer)):
+        raise UnsupportedError(
+            f"{type(model).__name__} does not offer {placement!r}; it offers 'before-llm' and "
+            "'after-layer(2)' (any layer)"
+        )
+
+
+def readable(placement: Placement, of_tower: frozenset[type[Signal]]) -> frozenset[type[Signal]]:
+    """What a stage can read: inside of the LLM its attention as well."""
+    if isinstance(placement, AfterLayer):
+        return of_tower | {LastQueryAttention, TextQueryAttention}
+    return of_tower
 
 
 @dataclass(frozen=True)

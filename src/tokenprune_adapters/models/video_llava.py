@@ -14,14 +14,12 @@ from torch import Tensor, nn
 from tokenprune.adapter import ModelAdapter, NotCopyable, Observation, Removable
 from tokenprune.budget import Budgeted, Per
 from tokenprune.errors import AttachError, UnsupportedError
-from tokenprune.placement import AfterLayer, BeforeLLM, Placement
+from tokenprune.placement import Placement
 from tokenprune.report import Record
 from tokenprune.signals import (
     ClsAttention,
-    LastQueryAttention,
     Signal,
     Signals,
-    TextQueryAttention,
 )
 from tokenprune.strategy import Stage, Strategy
 
@@ -33,8 +31,8 @@ from ..projection import ReduceBeforeProjector
 from ..rowing import Rows
 from ..versions import check_transformers, lost_images_guard
 from ..wrapping import wrap_method
-from .parts import feature_layer, tower_adapter
-from .placed import FindImages, Placed
+from .parts import check_select_strategy, feature_layer, tower_adapter
+from .placed import FindImages, Placed, check_placement, readable
 
 
 class VideoLlavaAdapter(ModelAdapter):
@@ -47,21 +45,15 @@ class VideoLlavaAdapter(ModelAdapter):
     """
 
     def provides(self, model: nn.Module, placement: Placement) -> frozenset[type[Signal]]:
-        if not isinstance(placement, (BeforeLLM, AfterLayer)):
-            raise UnsupportedError(
-                f"{type(model).__name__} does not offer {placement!r}; it offers 'before-llm' and "
-                "'after-layer(2)' (any layer)"
-            )
+        check_placement(model, placement)
         # Below 5.19 transformers mixes up the videos of expanded prompts, see versions.py.
         check_transformers(oldest=(5, 19))
         core: Any = model.model
         check_llm(core.language_model)
         # The two towers are made from one config.
         provided = tower_adapter(core.video_tower).provides(core.video_tower)
-        _check_select_strategy(core, has_cls=ClsAttention in provided)
-        if isinstance(placement, AfterLayer):
-            return provided | {LastQueryAttention, TextQueryAttention}
-        return provided
+        check_select_strategy(core, core.image_tower, has_cls=ClsAttention in provided)
+        return readable(placement, provided)
 
     def install(
         self, model: nn.Module, stages: tuple[Stage, ...], record: Record
@@ -84,18 +76,6 @@ class VideoLlavaAdapter(ModelAdapter):
         find = _FindVisual(core, per)
         yield from placed.install(model, FindImages(find.images), store, record)
         yield from lost_images_guard(core)
-
-
-def _check_select_strategy(core: Any, has_cls: bool) -> None:
-    """The projector must get all patches of a picture, and patches alone."""
-    strategy, supported = core.config.vision_feature_select_strategy, "default"
-    does = "shows [CLS] of pictures among the patches"
-    if not has_cls:
-        does, supported = f"drops the first patch of a {type(core.image_tower).__name__}", "full"
-    if strategy != supported:
-        raise UnsupportedError(
-            f"vision_feature_select_strategy={strategy!r} {does}; only {supported!r} is supported"
-        )
 
 
 def _per(stages: tuple[Stage, ...]) -> Per:

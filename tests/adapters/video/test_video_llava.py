@@ -523,7 +523,7 @@ def test_refusals(model: Any, stages: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("tower", "select", "words"),
     [
-        ("clip", "full", r"'full' shows \[CLS\] of pictures.*; only 'default' is supported"),
+        ("clip", "full", r"'full' keeps \[CLS\] among the patches.*; only 'default' is supported"),
         ("siglip", "default", "drops the first patch of a Siglip.*; only 'full' is supported"),
     ],
 )
