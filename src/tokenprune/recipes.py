@@ -38,12 +38,15 @@ RECIPES: tuple[RecipePlugin, ...] = (
     RecipePlugin(
         "fastervlm",
         "FasterVLM: [CLS] attention of the layer that gives the features, evicted before the LLM",
-        template="cls-attention(layers=1) | evict({keep}, per='crop') @ before-llm",
-        defaults={"keep": 0.25},
+        template=(
+            "cls-attention(layers=1) | evict({keep}, per='crop') @ before-llm(newline={newline})"
+        ),
+        defaults={"keep": 0.25, "newline": "keep"},
         paper="Zhang et al., arXiv 2412.01818",
         differs=(
             "reduced before the projector instead of after it (the same rows, less work); on "
-            "LLaVA-NeXT the model's own grid and unpadding stay (the released code changes both); "
+            "LLaVA-NeXT the model's own grid and unpadding stay (the released code changes both), "
+            "and newlines too (the released code drops them: newline='drop'); "
             "on Video-LLaVA pictures are reduced like frames (the released code leaves them whole)"
         ),
     ),

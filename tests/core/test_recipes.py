@@ -57,7 +57,7 @@ def test_a_placement_may_follow() -> None:
         ("vtc-cls(ratio=0.5)", "recipe 'vtc-cls' takes keep, layers, ensemble, got ratio"),
         ("vtc-cls(1, 2, 'avg', 4)", "takes keep, layers, ensemble, got 1, 2, 'avg', 4"),
         ("vtc-cls(64, keep=3)", "takes keep, layers, ensemble, got 64, keep"),
-        ("fastervlm(layers=3)", "recipe 'fastervlm' takes keep, got layers"),
+        ("fastervlm(layers=3)", "recipe 'fastervlm' takes keep, newline, got layers"),
         ("random | vtc-cls", "'vtc-cls' is a recipe and stands alone"),
         ("vtc-cls | evict(3)", "write its steps out: cls-attention(layers=3, ensemble='avg')"),
         ("vtc-cls(ensemble='sum')", "ensemble must be 'avg', 'max' or 'min', got 'sum'"),

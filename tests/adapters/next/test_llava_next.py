@@ -68,6 +68,17 @@ def test_generation_equals_hand_packed_embeddings(
         torch.testing.assert_close(logits[row], oracle, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("newline", ["keep", "drop"])
+def test_fastervlm_keeps_the_same_of_every_crop(model: Any, newline: str) -> None:
+    """With ``newline='drop'`` newlines go as in the released code."""
+    with tokenprune.attach(model, f"fastervlm(keep=5, newline={newline!r})"):
+        text, logits = run(model, collate(prompts()))
+    for row, prompt in enumerate(prompts()):
+        expected, oracle = greedy(model, prompt, 5, STEPS, "crop", newline)
+        assert text[row].tolist() == expected
+        torch.testing.assert_close(logits[row], oracle, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_shapes_of_pictures(model: Any, size: tuple[int, int]) -> None:
     """Extreme aspect ratios, and pictures smaller than a crop."""
