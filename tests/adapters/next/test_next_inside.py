@@ -234,6 +234,15 @@ def test_refusals(model: Any, stages: list[str], words: str) -> None:
     assert "get_image_features" not in vars(model.model)
 
 
+def test_encoding_by_hand_works_in_both_forms(model: Any) -> None:
+    inputs = collate(prompts()[:1])
+    given = inputs["pixel_values"], inputs["image_sizes"]
+    with tokenprune.attach(model, stage(1, 3, "last")):
+        made = model.model.get_image_features(*given, return_dict=True)
+        plain = model.model.get_image_features(*given, return_dict=False)
+    assert any(each is not None and torch.equal(each[0], made.pooler_output[0]) for each in plain)
+
+
 def test_features_of_unknown_origin_are_refused(model: Any) -> None:
     inputs = collate(prompts()[:1])
     pixels, sizes = inputs.pop("pixel_values"), inputs.pop("image_sizes")
