@@ -306,8 +306,10 @@ def check_p11_plans_compose(case: ReducerCase) -> None:
         scale = features.abs().masked_fill(~inputs.tokens.mask[:, :, None], 0)
         steps, at_once = second(first(features)), both(features)
         largest = (both.dense() @ scale).amax(1, keepdim=True)
+        # Products of weights near float32's smallest number lose their digits.
+        lost = 2.0**-149 * scale.shape[1] * scale.double().amax(1, keepdim=True)
         require(
-            _near(at_once, steps, 1e-4 * largest),
+            _near(at_once, steps, 1e-4 * largest + lost),
             f"{case.name}: {steps.tolist()} stepwise, {at_once.tolist()} at once",
         )
 
