@@ -73,8 +73,9 @@ class Attachment:
 def attach(model: nn.Module, *stages: Stage | str, adapter: str | None = None) -> Attachment:
     """Compress the visual tokens of `model` until detached.
 
-    Nothing is assigned to a class, a `forward` or a config: everything is hooks, and leaving the
-    context (or calling `detach`) restores the model, also after an exception.
+    Nothing is assigned to a class, a `forward` or a config. Everything is hooks (and in LLaVA-NeXT
+    and Video-LLaVA a wrapper around one method of the instance, which `generate` calls by itself);
+    leaving the context, or calling `detach`, restores the model, also after an exception.
 
     Args:
         model: an unmodified model, e.g. `LlavaForConditionalGeneration`.
