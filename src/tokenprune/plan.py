@@ -124,13 +124,19 @@ class Plan:
             1, groups.clamp(min=0), torch.where(real, slots, tokens), reduce="amin"
         )
         anchor_of = first.gather(1, groups.clamp(min=0))
-        base = cls.select(real & (anchor_of == slots), lengths)
-        member = (anchor_of[:, None, :] == base.anchors[:, :, None]) & real[:, None, :]
-        member = member & base.mask[:, :, None]
-        mass = member * sizes[:, None, :].to(torch.float32)
+        anchors = real & (anchor_of == slots)
+        base = cls.select(anchors, lengths)
+        kept = base.anchors.shape[1]
+        # Which of the kept slots each token goes to; what is dropped goes to one more.
+        number = (anchors.cumsum(1) - 1).gather(1, anchor_of.clamp(max=max(tokens - 1, 0)))
+        goal = torch.where(real, number, kept)
+        mass = torch.zeros(batch, kept + 1, tokens, device=groups.device)
+        mass.scatter_(1, goal[:, None, :], sizes[:, None, :].to(torch.float32))
+        mass = mass[:, :kept]
         weights = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         plan = cls(base.anchors, base.mask, tokens, weights)
         plan.__dict__["lengths"] = base.lengths
+        plan.__dict__["_goal"] = goal
         return plan
 
     @property
@@ -155,7 +161,12 @@ class Plan:
             return taken
         dtype = torch.promote_types(x.dtype, torch.float32)
         flat = x.flatten(2) if x.ndim > 2 else x[:, :, None]
-        mixed = _mix(self.weights.to(dtype), flat.to(dtype)).to(x.dtype).reshape(taken.shape)
+        goal: Tensor | None = self.__dict__.get("_goal")
+        if goal is not None and x.device.type == "cpu":
+            mixed = _add_up(goal, self.weights, flat.to(dtype))
+        else:
+            mixed = _mix(self.weights.to(dtype), flat.to(dtype))
+        mixed = mixed.to(x.dtype).reshape(taken.shape)
         own = self.weights.gather(2, self.anchors[:, :, None]).squeeze(2)
         alone = ((self.weights != 0).sum(-1) == 1) & (own == 1)
         copy = (alone | ~self.mask).reshape(*alone.shape, *(1,) * (taken.ndim - 2))
@@ -214,6 +225,28 @@ class Plan:
         spare = torch.cat([source, source[:, :1]], dim=1)
         spare.scatter_(1, self.anchors.masked_fill(~self.mask, self.tokens), numbers)
         return spare[:, : self.tokens]
+
+
+def _add_up(goal: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+    """`_mix` where every token is in one group at most: each is looked at once.
+
+    On a CPU alone, where the order of the sum is that of the tokens; a GPU adds in any order.
+
+    Args:
+        goal: `(batch, tokens)` int64, the group of each token; as many as there are for none.
+        weights: `(batch, kept, tokens)`.
+        x: `(batch, tokens, channels)`.
+    """
+    batch, kept = weights.shape[:2]
+    if kept == 0:
+        return x[:, :0]
+    share = weights.gather(1, goal.clamp(max=kept - 1)[:, None, :]).squeeze(1).to(x.dtype)
+    # Without weight a token must not reach its group: 0 * inf is NaN.
+    row = torch.arange(batch, device=x.device)[:, None] * kept
+    target = torch.where((goal < kept) & (share != 0), goal + row, batch * kept)
+    summed = x.new_zeros(batch * kept + 1, x.shape[2])
+    summed = summed.index_add(0, target.flatten(), (x * share[:, :, None]).flatten(0, 1))
+    return summed[:-1].reshape(batch, kept, x.shape[2])
 
 
 def _mix(weights: Tensor, x: Tensor) -> Tensor:

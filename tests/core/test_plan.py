@@ -394,3 +394,27 @@ def _seeded(data: st.DataObject) -> torch.Generator:
 def visual_tokens_mask(draw: st.DrawFn, tokens: VisualTokens) -> Tensor:
     flat = draw(st.lists(st.booleans(), min_size=(n := tokens.mask.numel()), max_size=n))
     return torch.tensor(flat, dtype=torch.bool).reshape(tokens.mask.shape)
+
+
+@given(data=st.data())
+def test_groups_add_up_to_what_their_matrix_gives(data: st.DataObject) -> None:
+    """On a CPU groups are summed token by token; the matrix is what other devices multiply by."""
+    batch, tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 6))
+    numbers = st.lists(st.integers(-1, tokens - 1), min_size=tokens, max_size=tokens)
+    groups = torch.tensor([data.draw(numbers) for _ in range(batch)], dtype=torch.int64)
+    sizes = torch.arange(batch * tokens).reshape(batch, tokens).float() % 4
+    plan = Plan.group(groups.reshape(batch, tokens), sizes)
+    matrix = Plan(plan.anchors, plan.mask, plan.tokens, plan.weights)
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    x = torch.randn(batch, tokens, 2, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    junk = data.draw(st.sampled_from([0.0, torch.inf, -torch.inf, torch.nan]))
+    if tokens and junk:
+        x[data.draw(st.integers(0, batch - 1)), data.draw(st.integers(0, tokens - 1)), 0] = junk
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    got, expected = plan(ours), matrix(theirs)
+    assert got.dtype == x.dtype
+    torch.testing.assert_close(got, expected, equal_nan=True)
+    if not junk:
+        got.sum().backward()
+        expected.sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
