@@ -95,3 +95,44 @@ def demo_command(
     from .demo import demo
 
     demo(out, seed, runs)
+
+
+@app.command("bench")
+def bench_command(
+    model: Annotated[
+        str, typer.Option(help="pocket, folder of a checkpoint, or a name on the hub.")
+    ] = "pocket",
+    data: Annotated[
+        Path | None, typer.Option(help="JSON lines of image, question, answers; or their folder.")
+    ] = None,
+    prune: Annotated[
+        list[str] | None,
+        typer.Option(help="A method, whose budget is varied; can be given often [vtc-cls, tome]."),
+    ] = None,
+    keep: Annotated[
+        str, typer.Option(help="Budgets: fractions as 0.5,0.25 or tokens as 128,64.")
+    ] = "1.0,0.5,0.25,0.125,0.06",
+    questions: Annotated[int | None, typer.Option(min=1, help="Only the first ones.")] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="All 2,089 questions of Pocket-VQA instead of 300.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json, answers.jsonl, plots.")] = Path(
+        "tokenprune-bench"
+    ),
+    batch: Annotated[int, typer.Option(min=1, help="Questions in one generate.")] = 50,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer [16; pocket: 1].")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; the GPU if there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...; as stored.")] = "auto",
+) -> None:
+    """Measure methods at several budgets, beside honest floors and controls."""
+    from .bench import Request, run_bench
+
+    prunes = tuple(prune or ())
+    run_bench(
+        Request(
+            *(model, data, prunes, keep, questions, full, out),
+            *(batch, max_new_tokens, device, dtype),
+        )
+    )

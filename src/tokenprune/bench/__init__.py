@@ -1,0 +1,155 @@
+"""Benchmarks of compression: the same questions to a model with and without, and honest floors.
+
+    samples = pocket()
+    result = bench(model, processor, samples, ["vtc-cls"], [0.5, 0.25])
+    result.write(Path("out"))
+
+`tokenprune bench` is the command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .asking import ask
+from .data import DataError, Sample, pocket, read
+from .entrants import Entrant, Given, enter
+from .result import Bench, Row, answers, rows
+from .scoring import Mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+__all__ = [
+    "Bench",
+    "DataError",
+    "Entrant",
+    "Given",
+    "Mean",
+    "Row",
+    "Sample",
+    "bench",
+    "compete",
+    "enter",
+    "pocket",
+    "read",
+]
+
+
+def bench(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    samples: Sequence[Sample],
+    specs: Sequence[str],
+    keeps: Sequence[int | float],
+    *,
+    name: str = "",
+    data: str = "",
+    batch: int = 1,
+    max_new_tokens: int = 16,
+    text: Callable[[str], str] | None = None,
+    progress: Callable[[int, int], None] = lambda done, all_of_them: None,
+) -> Bench:
+    """Ask vanilla, every method at every budget, and the floors and controls beside them.
+
+    Args:
+        model: a model with an adapter, not attached; on the device to measure.
+        processor: its processor.
+        samples: what to ask; each needs answers.
+        specs: methods; recipes or specs with one budget, or with `{keep}` in its place.
+        keeps: budgets; a float is a fraction, an int a count of tokens; 1.0 is vanilla.
+        name: of the model, for the files.
+        data: name of the data, for the files.
+        batch: questions in one `generate`.
+        max_new_tokens: longest answer.
+        text: from a question to a prompt; None for the processor's chat template.
+        progress: is told how many answers of how many are in.
+
+    Raises:
+        DataError: a sample without answers.
+        SpecError, UnknownNameError, BudgetError, UnsupportedError: a spec that cannot be used.
+    """
+    masks = all(sample.mask is not None for sample in samples)
+    oracle = Given() if masks else None
+    entrants = enter(specs, keeps, oracle)
+    return compete(
+        model,
+        processor,
+        samples,
+        entrants,
+        oracle,
+        name=name,
+        data=data,
+        batch=batch,
+        max_new_tokens=max_new_tokens,
+        text=text,
+        progress=progress,
+    )
+
+
+def compete(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    samples: Sequence[Sample],
+    entrants: Sequence[Entrant],
+    oracle: Given | None = None,
+    *,
+    name: str = "",
+    data: str = "",
+    batch: int = 1,
+    max_new_tokens: int = 16,
+    text: Callable[[str], str] | None = None,
+    progress: Callable[[int, int], None] = lambda done, all_of_them: None,
+) -> Bench:
+    """`bench` with entrants of your own; the first must be vanilla. `oracle` scores are set."""
+    from .. import __version__
+    from .prompting import prompter
+
+    if not samples:
+        raise DataError("a bench needs at least one question")
+    unanswered = next((sample for sample in samples if not sample.answers), None)
+    if unanswered is not None:
+        raise DataError(
+            f"sample {unanswered.id!r} has no answers to compare with; `tokenprune tune` needs none"
+        )
+    done, everything = 0, len(samples) * len(entrants)
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, everything)
+
+    records = ask(
+        model,
+        processor,
+        samples,
+        entrants,
+        text=text or prompter(processor),
+        batch=batch,
+        max_new_tokens=max_new_tokens,
+        oracle=oracle,
+        progress=advance,
+    )
+    import transformers
+
+    return Bench(
+        model=name or type(model).__name__,
+        data={
+            "name": data,
+            "questions": len(samples),
+            "pictures": len({sample.group for sample in samples}),
+        },
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        batch=batch,
+        versions={
+            "tokenprune": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        rows=rows(samples, entrants, records),
+        answers=answers(samples, entrants, records),
+    )

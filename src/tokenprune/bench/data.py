@@ -1,0 +1,163 @@
+"""What to ask: pictures, questions and accepted answers, from files or from the pocket task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ..errors import TokenpruneError
+
+PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+DESCRIBE = "Describe the image in one sentence."
+
+
+class DataError(TokenpruneError, ValueError):
+    """Data to ask about that cannot be read."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One question about one picture.
+
+    Attributes:
+        id: unlike that of any other sample.
+        image: a file, or the picture itself.
+        question: without placeholder or chat template.
+        answers: each is right; ten or more are those of annotators, as in VQAv2. May be empty.
+        type: what kind of question; results are reported for each apart.
+        group: names the picture: samples of one group are not independent.
+        mask: `(patches,)` bool, which patches of the model's grid show what is asked about, for
+            the oracle; None where nobody knows.
+    """
+
+    id: str
+    image: Path | Image.Image
+    question: str
+    answers: tuple[str, ...] = ()
+    type: str = "all"
+    group: str = ""
+    mask: Tensor | None = None
+
+    def picture(self) -> Image.Image:
+        """The picture in RGB.
+
+        Raises:
+            DataError: the file is missing or no picture.
+        """
+        try:
+            image = self.image if isinstance(self.image, Image.Image) else Image.open(self.image)
+            return image.convert("RGB")
+        except UnidentifiedImageError as error:
+            raise DataError(f"{self.image} is not a picture that Pillow can read") from error
+        except OSError as error:
+            raise DataError(f"cannot read the picture {self.image}: {error}") from error
+
+
+def read(path: Path | str, prompt: str = DESCRIBE) -> list[Sample]:
+    """Read questions from JSON lines, or pictures from a folder.
+
+    A line is an object with `image` (a file name, relative to the JSON lines) and `question`, and
+    may have `answers` (a list) or `answer`, `type` and `id`. A folder that holds one `.jsonl` file
+    is that file; without one, every picture in it is asked `prompt`.
+
+    Args:
+        path: a `.jsonl` file or a folder.
+        prompt: what to ask about pictures without questions.
+
+    Raises:
+        DataError: nothing there, or a line that does not say what is needed; names the line.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        tables = sorted(path.glob("*.jsonl"))
+        if len(tables) > 1:
+            raise DataError(f"{path} holds {len(tables)} .jsonl files; give one of them")
+        if not tables:
+            return _pictures(path, prompt)
+        path = tables[0]
+    if not path.is_file():
+        raise DataError(f"there is no file or folder {path}")
+    samples = list(_lines(path))
+    if not samples:
+        raise DataError(f"{path} holds no questions")
+    ids = [sample.id for sample in samples]
+    if len(set(ids)) < len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise DataError(f"the id {twice!r} stands twice in {path}")
+    return samples
+
+
+def pocket(full: bool = False) -> list[Sample]:
+    """Pocket-VQA: fixed questions about fixed pictures that the pocket model was not trained on.
+
+    Args:
+        full: 2,089 questions about 500 pictures; else 300 of them, of all types alike.
+    """
+    from tokenprune_adapters.pocket import draw, questions
+
+    samples = []
+    for number in range(500):
+        scene = draw(number)
+        mask = torch.from_numpy(scene.object_mask.reshape(-1))
+        for place, one in enumerate(questions(scene)):
+            if (place + 2 * number) % 5 < 2:  # types take turns, yes and no too
+                name = f"pocket-{number}-{place}"
+                group = f"pocket-{number}"
+                samples.append(
+                    Sample(name, scene.picture, one.text, (one.answer,), one.type, group, mask)
+                )
+    return samples if full else _spread(samples, 300)
+
+
+def _spread(samples: list[Sample], count: int) -> list[Sample]:
+    """`count` of `samples`, as many of each type as of any other, from everywhere."""
+    types = list(dict.fromkeys(sample.type for sample in samples))
+    chosen: set[str] = set()
+    for place, name in enumerate(types):
+        same = [sample.id for sample in samples if sample.type == name]
+        share = count // len(types) + (place < count % len(types))
+        chosen |= {same[index * len(same) // share] for index in range(share)}
+    return [sample for sample in samples if sample.id in chosen]
+
+
+def _pictures(folder: Path, prompt: str) -> list[Sample]:
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+    if not files:
+        raise DataError(f"{folder} holds neither a .jsonl file nor pictures")
+    return [Sample(file.name, file, prompt, group=file.name) for file in files]
+
+
+def _lines(path: Path) -> Iterator[Sample]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _sample(line, path, number)
+
+
+def _sample(line: str, path: Path, number: int) -> Sample:
+    where = f"line {number} of {path}"
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON: {error}") from error
+    if not isinstance(row, dict) or not {"image", "question"} <= row.keys():
+        raise DataError(f'{where} must be an object with "image" and "question"')
+    answers = row.get("answers", [row["answer"]] if "answer" in row else [])
+    if not isinstance(answers, list):
+        raise DataError(f'"answers" in {where} must be a list, got {type(answers).__name__}')
+    image = str(row["image"])
+    return Sample(
+        id=str(row.get("id", number)),
+        image=path.parent / image,
+        question=str(row["question"]),
+        answers=tuple(map(str, answers)),
+        type=str(row.get("type", "all")),
+        group=image,
+    )

@@ -1,0 +1,191 @@
+"""`tokenprune bench`: accuracy and cost at many budgets, floors beside every method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..bench import Bench, Row, Sample, bench, pocket, read
+from ..bench.entrants import enter
+from ..bench.plots import plot
+from .console import console, milliseconds, size, table
+from .loading import CommandError, Loaded, load, quiet
+
+POCKET = "pocket"
+DEFAULT = ("vtc-cls", "tome")
+KEEPS = "1.0,0.5,0.25,0.125,0.06"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was typed; the options of `tokenprune bench`, in their order."""
+
+    model: str
+    data: Path | None
+    prune: tuple[str, ...]
+    keep: str
+    questions: int | None
+    full: bool
+    out: Path
+    batch: int
+    max_new_tokens: int | None
+    device: str
+    dtype: str
+
+
+def run_bench(request: Request) -> Bench:
+    """Ask, show tables, and write `bench.json`, `answers.jsonl` and plots."""
+    specs = request.prune or DEFAULT
+    keeps = budgets(request.keep)
+    enter(specs, keeps)  # what cannot work is said before gigabytes are loaded
+    samples = questions(request.model, request.data, request.full, request.questions)
+    loaded = model_named(request.model, request.device, request.dtype)
+    out = console()
+    columns = (TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True) as bars:
+        bar = bars.add_task("asking", total=None)
+        result = bench(
+            loaded.model,
+            loaded.processor,
+            samples,
+            specs,
+            keeps,
+            name=request.model,
+            data=str(request.data or "Pocket-VQA"),
+            batch=request.batch,
+            max_new_tokens=longest(request.model, request.max_new_tokens),
+            progress=lambda done, all_of_them: bars.update(bar, completed=done, total=all_of_them),
+        )
+    result.write(request.out)
+    plots = plot(result, request.out)
+    out.print(_accuracy(result), "")
+    out.print(_types(result), "")
+    out.print(_costs(result), "")
+    out.print(explained(result), style="dim")
+    names = ", ".join(["bench.json", "answers.jsonl", *(path.name for path in plots)])
+    out.print(f"wrote {names} in {request.out}", markup=False, soft_wrap=True)
+    return result
+
+
+def budgets(text: str) -> list[int | float]:
+    """Budgets from "1.0,0.5" (fractions) or "128,64" (tokens)."""
+    try:
+        return [float(part) if "." in part else int(part) for part in text.split(",")]
+    except ValueError:
+        raise CommandError(
+            f"cannot read the budgets {text!r}; write fractions as 0.5,0.25 or tokens as 128,64"
+        ) from None
+
+
+def questions(model: str, data: Path | None, full: bool, count: int | None) -> list[Sample]:
+    """What to ask: the data that was named, or Pocket-VQA for the pocket model."""
+    if data is not None:
+        samples = read(data)
+    elif model == POCKET:
+        samples = pocket(full)
+    else:
+        raise CommandError(
+            "name questions with --data: JSON lines of image, question and answers; only the "
+            "pocket model brings its own"
+        )
+    return samples if count is None else samples[:count]
+
+
+def model_named(name: str, device: str, dtype: str) -> Loaded:
+    """The shipped miniature model, or a checkpoint."""
+    if name != POCKET:
+        return load(name, device, dtype)
+    try:
+        from tokenprune_adapters.pocket import CHECKPOINT
+    except ImportError as error:
+        raise CommandError(
+            f"the pocket model needs the extra hf: pip install 'tokenprune-vlm[hf]' ({error})"
+        ) from error
+    quiet()
+    return load(str(CHECKPOINT), "cpu" if device == "auto" else device, dtype)
+
+
+def longest(model: str, tokens: int | None) -> int:
+    """Tokens of an answer: the pocket model answers in one."""
+    return tokens or (1 if model == POCKET else 16)
+
+
+def explained(result: Bench) -> str:
+    """What the columns mean."""
+    return (
+        f"{result.data['questions']} questions about {result.data['pictures']} pictures; accuracy: "
+        "mean over question types ± standard error, clustered by picture; floors (random, "
+        "uniform, pool) stand beside every method: ✓ beats all of them by more than two paired "
+        f"standard errors, ✗ does not. Times are a question's at batch {result.batch} on "
+        f"{result.device}, the processor apart."
+    )
+
+
+def _accuracy(result: Bench) -> Table:
+    """Methods and floors down, budgets across."""
+    marks = {True: " [green]✓[/]", False: " [red]✗[/]", None: ""}
+    keeps = list(dict.fromkeys(row.keep for row in result.rows if row.keep < 1))
+    shown = table("accuracy in %", "all tokens", *(_share(result, keep) for keep in keeps))
+    for label in dict.fromkeys(row.label for row in result.rows):
+        rows = {row.keep: row for row in result.rows if row.label == label}
+        cells = [
+            f"{_percent(rows[k].accuracy)} ± {_percent(rows[k].error)}{marks[rows[k].beats_floors]}"
+            if k in rows
+            else ""
+            for k in (1.0, *keeps)
+        ]
+        method = any(row.kind == "method" for row in rows.values())
+        shown.add_row(label, *cells, style=None if method or 1.0 in rows else "dim")
+    return shown
+
+
+def _share(result: Bench, keep: float) -> str:
+    kept = next(row for row in result.rows if row.keep == keep).tokens[-1][1]
+    return f"{kept:.0f} tokens"
+
+
+def _types(result: Bench) -> Table:
+    """Types of question across, for vanilla and for methods at their smallest budget."""
+    types = list(result.rows[0].types)
+    shown = table("accuracy in % by type", "kept", *types, "F1")
+    last = min((row.keep for row in result.rows if row.kind == "method"), default=1.0)
+    for row in result.rows:
+        if row.kind == "vanilla" or row.keep == last or row.label == "blind":
+            f1 = "" if row.f1 is None else _percent(row.f1)
+            cells = [f"{100 * row.types[name].value:.0f}" for name in types]
+            style = None if row.kind in ("method", "vanilla") else "dim"
+            shown.add_row(row.label, f"{row.tokens[-1][1]:.0f}", *cells, f1, style=style)
+    return shown
+
+
+def _costs(result: Bench) -> Table:
+    shown = table(
+        "cost", "tokens", "agrees with vanilla", "KV cache", "selector", "first token", "answer"
+    )
+    for row in result.rows:
+        if row.kind in ("vanilla", "method", "floor"):
+            shown.add_row(
+                row.label,
+                _layers(row),
+                f"{_percent(row.agreement)} ± {_percent(row.agreement_error)} %",
+                "-" if row.kv_bytes is None else size(round(row.kv_bytes)),
+                milliseconds(row.selector_ms / 1000) if row.selector_ms else "-",
+                milliseconds(row.first_token_ms / 1000),
+                milliseconds(row.total_ms / 1000),
+                style="dim" if row.kind == "floor" else None,
+            )
+    return shown
+
+
+def _layers(row: Row) -> str:
+    return ", ".join(
+        f"{tokens:.0f}" if layer == 0 else f"{tokens:.0f} from layer {layer}"
+        for layer, tokens in row.tokens
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
