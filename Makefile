@@ -13,10 +13,10 @@ EXAMPLES := docs/examples/tokenprune-sharpness docs/examples/tokenprune-pocketvl
 VERSIONS := 5.4.0 5.19.0 newest
 
 .PRECIOUS: .venv-%/.ready
-.PHONY: demo test lint types unit docs serve matrix fuzz mutants bench train tables clean help
+.PHONY: demo test lint types unit docs serve matrix fuzz mutants bench train tables clean help test-ray
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 10
 
 demo: $(READY)  ## compress the shipped miniature model; writes out/demo/*.png
 	$(BIN)/tokenprune demo --out out/demo
@@ -31,7 +31,7 @@ types: $(READY)  ## mypy, strict
 	$(BIN)/mypy
 
 unit: $(READY)  ## tests and doctests
-	$(PYTEST) tests src --doctest-modules --ignore=tests/benchmarks --durations=10
+	$(PYTEST) tests src --doctest-modules --ignore=tests/benchmarks --ignore=tests/integrations --durations=10
 
 docs: $(READY)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -64,13 +64,20 @@ matrix: $(VERSIONS:%=matrix-%)  ## adapter tests on transformers 5.4, 5.19 and t
 matrix-%: .venv-%/.ready
 	$(SINGLE) .venv-$*/bin/python -m pytest -n $(JOBS) -p no:cacheprovider tests/adapters
 
+# Integrations with large installs, laid over .venv in the same way.
+EXTRAS-ray := "ray[data]>=2.44"
+test-%: .venv-%/.ready
+	$(SINGLE) .venv-$*/bin/python -m pytest -p no:cacheprovider tests/integrations/$*
+
+test-ray:  ## batch work on a real local Ray, and under torchrun
+
 .venv-%/.ready: $(READY)
 	rm -rf .venv-$*
 	$(BIN)/python -m venv .venv-$*
 	base=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
 	layer=$$(.venv-$*/bin/python -c 'import site; print(site.getsitepackages()[0])'); \
 	echo "import site; site.addsitedir('$$base')" > "$$layer/base.pth"
-	.venv-$*/bin/python -m pip install --quiet --upgrade $(if $(filter newest,$*),"transformers<6","transformers==$*")
+	.venv-$*/bin/python -m pip install --quiet --upgrade $(or $(EXTRAS-$*),$(if $(filter newest,$*),"transformers<6","transformers==$*"))
 	touch $@
 
 $(READY): pyproject.toml

@@ -40,10 +40,10 @@ def test_commands_and_their_options_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", pages(), ids=name)
 def test_make_targets_exist(page: Path) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     text = page.read_text()
     named = {words[1] for words in commands(text) if words[:1] == ["make"]}
-    named |= set(re.findall(r"`make ([a-z]+)`", text))
+    named |= set(re.findall(r"`make ([a-z-]+)`", text))
     assert named <= targets
 
 
