@@ -13,7 +13,7 @@ EXAMPLES := docs/examples/tokenprune-sharpness docs/examples/tokenprune-pocketvl
 VERSIONS := 5.4.0 5.19.0 newest
 
 .PRECIOUS: .venv-%/.ready
-.PHONY: demo test lint types unit docs serve matrix fuzz mutants bench train tables clean help test-ray
+.PHONY: demo test lint types unit docs serve matrix fuzz mutants bench train tables clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 10
