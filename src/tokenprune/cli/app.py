@@ -83,6 +83,42 @@ def run_command(
     run(Request(model, image, prompt, prune, compare, overlay, max_new_tokens, runs, device, dtype))
 
 
+@app.command("batch")
+def batch_command(
+    model: Annotated[str, typer.Option(help="Folder of a checkpoint, or a name on the hub.")],
+    input: Annotated[
+        Path, typer.Option(exists=True, help="Pictures or shards: folder, .jsonl, .parquet.")
+    ],
+    output: Annotated[Path, typer.Option(help="The parquet file to write, or to go on with.")],
+    prune: Annotated[
+        str | None, typer.Option(help="What to do, as a spec; without it the model as it is.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="For rows that have none.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a model answers at once.")] = 8,
+    save_every: Annotated[
+        int, typer.Option(min=1, help="Rows in a part file; what a kill can cost.")
+    ] = 256,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Models at work: processes, or actors of Ray.")
+    ] = 1,
+    ray: Annotated[
+        str | None, typer.Option(help='Do it on Ray: "local", "auto" or an address.')
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; the GPU if there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...; as stored.")] = "auto",
+) -> None:
+    """Ask a model about many pictures; started again, it goes on where it was left."""
+    from .batch import Request, run
+
+    run(
+        Request(
+            *(model, input, output, prune, prompt, batch_size, save_every, workers, ray),
+            *(max_new_tokens, device, dtype),
+        )
+    )
+
+
 @app.command("demo")
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for the picture and the overlay.")] = Path(

@@ -1,0 +1,131 @@
+"""`tokenprune batch`: many pictures, resumed where it was left."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .console import console
+from .loading import CommandError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tokenprune_adapters.batch.workers import Engine
+
+SHOWN = 10
+NAMES = ("before", "after")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was typed; the options of `tokenprune batch`, in their order."""
+
+    model: str
+    input: Path
+    output: Path
+    prune: str | None
+    prompt: str | None
+    batch_size: int
+    save_every: int
+    workers: int
+    ray: str | None
+    max_new_tokens: int
+    device: str
+    dtype: str
+
+
+def run(request: Request) -> None:
+    """Answer every row, or go on where it was left; then say what came out."""
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise CommandError(
+            f"reading and writing rows needs pyarrow: pip install 'tokenprune-vlm[batch]' ({error})"
+        ) from error
+    from tokenprune_adapters.batch import Answerer
+    from tokenprune_adapters.batch.rows import read_rows
+    from tokenprune_adapters.batch.work import answer_all
+
+    output = _output(request)
+    rows = read_rows(request.input, request.prompt)
+    answerer = Answerer(
+        request.model,
+        request.prune,
+        request.prompt,
+        request.max_new_tokens,
+        request.device,
+        request.dtype,
+        rows.root,
+    )
+    out = console()
+    start = time.perf_counter()
+    with _bar(out) as bar:
+        task = bar.add_task("answering", total=len(rows.table), bad=0)
+        answer_all(
+            answerer,
+            rows,
+            output,
+            _engine(request),
+            save_every=request.save_every,
+            progress=lambda done, bad: bar.update(task, completed=done, bad=bad),
+        )
+    _summary(output, time.perf_counter() - start, out)
+
+
+def _output(request: Request) -> Path:
+    output = request.output.expanduser().resolve()
+    if output.suffix != ".parquet":
+        raise CommandError(f"the output is a parquet file; name it .parquet, not {output.name!r}")
+    if request.input.is_dir() and request.input.resolve() in output.parents:
+        raise CommandError(
+            f"{request.output} would be among its own input; write it outside of {request.input}"
+        )
+    return output
+
+
+def _engine(request: Request) -> Engine:
+    from tokenprune_adapters.batch.on_ray import OnRay
+    from tokenprune_adapters.batch.workers import Here, Processes
+
+    if request.ray is not None:
+        return OnRay(request.ray, request.workers, request.batch_size, request.save_every)
+    if request.workers > 1:
+        return Processes(request.workers, request.batch_size)
+    return Here(request.batch_size)
+
+
+def _bar(out: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[bad]} bad"),
+        TimeRemainingColumn(),
+        console=out,
+    )
+
+
+def _summary(output: Path, seconds: float, out: Console) -> None:
+    """What the output holds, bad rows by name."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    answers = pq.read_table(output)
+    bad = answers.filter(pc.is_valid(answers.column("error"))).select(["id", "error"]).to_pylist()
+    for row in bad[:SHOWN]:
+        out.print(f"bad row        {row['id']}: {row['error']}", markup=False, soft_wrap=True)
+    if len(bad) > SHOWN:
+        out.print(f"               and {len(bad) - SHOWN} more, see the column error")
+    before, after = (pc.sum(answers.column(f"tokens_{name}")).as_py() for name in NAMES)
+    answered = len(answers) - len(bad)
+    out.print(f"answered       {answered} of {len(answers)} rows in {seconds:.0f} s")
+    if before:
+        out.print(f"visual tokens  {before / answered:.1f} -> {after / answered:.1f} per row")
+    out.print(f"output         {output}", markup=False, soft_wrap=True)
+    if not answered:
+        raise CommandError("no row was answered: every one has an error, see above")

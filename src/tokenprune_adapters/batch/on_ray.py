@@ -1,0 +1,109 @@
+"""Answers computed by Ray Data, on one machine or a cluster."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tokenprune.errors import TokenpruneError
+
+from .answerer import Answerer, Columns
+from .errors import WorkerError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SPARE = 2  # logical CPUs beside the actors', without which Ray Data may wait for ever
+
+
+@dataclass(frozen=True)
+class OnRay:
+    """A model in each of several actors, by `map_batches`; one that dies is started anew.
+
+    Attributes:
+        address: of the cluster; "auto" is the one that this machine belongs to, "local" a new one.
+        workers: actors.
+        batch: rows that a model answers at once.
+        block: most rows of a task: what is answered again where an actor dies.
+    """
+
+    address: str
+    workers: int
+    batch: int = 8
+    block: int = 256
+
+    def answers(self, answerer: Answerer, rows: pa.Table) -> Iterator[Columns]:
+        try:
+            import ray
+            import ray.data
+        except ImportError as error:
+            raise WorkerError(
+                f"--ray needs Ray Data: pip install 'tokenprune-vlm[ray]' ({error})"
+            ) from error
+        mine = not ray.is_initialized()
+        if mine:
+            self._connect()
+        try:
+            self._check()
+            # An actor takes a block at a time, so that all of them have some.
+            share = math.ceil(len(rows) / (4 * self.workers * self.batch)) * self.batch
+            size = max(self.batch, min(share, self.block))
+            blocks = [rows.slice(start, size) for start in range(0, len(rows), size)]
+            answered = ray.data.from_arrow(blocks).map_batches(
+                Answerer,
+                fn_constructor_kwargs=answerer.settings,
+                compute=ray.data.ActorPoolStrategy(size=self.workers),
+                batch_size=self.batch,
+                num_gpus=self._gpus(answerer.device),
+            )
+            for block in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
+                yield block.to_pydict()
+        except ray.exceptions.RayError as error:
+            raise _plain(error) from error
+        finally:
+            if mine:
+                ray.shutdown()
+
+    def _connect(self) -> None:
+        import ray
+
+        cpus = None
+        if self.address == "local":
+            cpus = max(os.cpu_count() or 1, self.workers + SPARE)
+        try:
+            ray.init(self.address, num_cpus=cpus, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            first = str(error).strip().partition("\n")[0]
+            raise WorkerError(f"cannot reach Ray at {self.address!r}: {first}") from error
+
+    def _check(self) -> None:
+        import ray
+
+        cpus = int(ray.cluster_resources().get("CPU", 0))
+        if cpus < self.workers + 1:
+            raise WorkerError(
+                f"Ray at {self.address!r} has {cpus} logical CPUs; {self.workers} workers need one "
+                f"each and Ray Data one more: take fewer --workers, or start Ray with --num-cpus"
+            )
+
+    def _gpus(self, device: str) -> float | None:
+        """GPUs of an actor; Ray shows it only those."""
+        import ray
+
+        wants = device == "cuda" or device == "auto"
+        return 1 if wants and ray.cluster_resources().get("GPU", 0) else None
+
+
+def _plain(error: Exception) -> Exception:
+    """What was raised in a worker, if that was one of ours; else what Ray says, in a line."""
+    cause: BaseException | None = error
+    while cause is not None:
+        inner = getattr(cause, "cause", None)
+        if isinstance(inner, TokenpruneError):
+            return type(inner)(*inner.args)
+        cause = inner if isinstance(inner, BaseException) else cause.__cause__
+    last = str(error).strip().rpartition("\n")[2]
+    return WorkerError(f"Ray gave up ({type(error).__name__}): {last}")

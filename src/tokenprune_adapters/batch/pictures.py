@@ -1,0 +1,63 @@
+"""A picture from what a row holds: a file, its bytes, pixels, or a cell of a parquet file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .cells import cell, is_cell
+from .errors import PictureError
+
+
+def picture_of(value: object, root: str = "") -> Image.Image:
+    """The picture that `value` stands for, in RGB.
+
+    Args:
+        value: name of a file, or of a cell (``"shard.parquet#17"``); an encoded file's bytes; a
+            mapping with `bytes` or `path`, as Hugging Face datasets store pictures; uint8 pixels
+            `(height, width)` or `(height, width, 3 or 4)`; or a Pillow image.
+        root: folder that relative names are relative to.
+
+    Raises:
+        PictureError: there is no such picture, or it cannot be read.
+    """
+    if isinstance(value, str | Path):
+        return _named(str(value), root)
+    if isinstance(value, Mapping):
+        inside = value.get("bytes")
+        return picture_of(value.get("path") if inside is None else inside, root)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return _decoded(io.BytesIO(value), "its bytes")
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3):
+        return Image.fromarray(value).convert("RGB")
+    if isinstance(value, Image.Image):
+        return value.convert("RGB")
+    if value is None:
+        raise PictureError("the row has no picture")
+    raise PictureError(
+        f"a picture must be the name of a file, bytes or uint8 pixels, got {type(value).__name__}"
+    )
+
+
+def _named(name: str, root: str) -> Image.Image:
+    place = str(Path(root, name).expanduser())
+    if is_cell(name):
+        held = cell(place)
+        if isinstance(held, str) and is_cell(held):
+            raise PictureError(f"{name} holds the name of another cell, {held}")
+        return picture_of(held, root)
+    return _decoded(place, name)
+
+
+def _decoded(source: str | io.BytesIO, shown: str) -> Image.Image:
+    try:
+        with Image.open(source) as opened:
+            picture: Image.Image = opened.convert("RGB")  # decodes all of it, damage shows here
+    except Exception as error:  # decoders raise whatever they like on damaged files
+        said = str(error) or type(error).__name__
+        raise PictureError(f"cannot read a picture from {shown}: {said}") from error
+    return picture
