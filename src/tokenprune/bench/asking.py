@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -36,6 +38,7 @@ class Record:
         kv_bytes, kv_bytes_vanilla: of all prompts; 0 where the model was not reduced.
         pictures: how many pictures `layers` adds up.
         before: visual tokens of all pictures before any reduction.
+        depth: layers of the LLM.
     """
 
     replies: list[str] = field(default_factory=list)
@@ -47,6 +50,7 @@ class Record:
     kv_bytes_vanilla: int = 0
     pictures: int = 0
     before: int = 0
+    depth: int = 0
 
     @property
     def first_token_ms(self) -> float:
@@ -57,6 +61,19 @@ class Record:
     def total_ms(self) -> float:
         """Median over batches of the milliseconds a question until its answer is complete."""
         return 1000 * median(self.total)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Visual tokens of a picture, mean over the layers of the LLM; NaN if nothing is reduced.
+
+        This is what KV cache and, nearly, prefill are proportional to.
+        """
+        if not self.pictures:
+            return math.nan
+        starts = [*sorted(self.layers), self.depth]
+        spans = itertools.pairwise(starts)
+        total = sum(self.layers[start] * (stop - start) for start, stop in spans)
+        return total / self.depth / self.pictures
 
     @property
     def selector_ms(self) -> float:
@@ -158,6 +175,7 @@ def _answer(
     record.first.append((clock.first or total) / rows)
     if attached is None:
         return
+    record.depth = model.config.get_text_config().num_hidden_layers
     report = attached.report
     record.selector.append(report.selector_seconds / rows)
     record.kv_bytes += report.kv_bytes

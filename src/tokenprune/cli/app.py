@@ -172,3 +172,42 @@ def bench_command(
             *(batch, max_new_tokens, device, dtype),
         )
     )
+
+
+@app.command("tune")
+def tune_command(
+    model: Annotated[
+        str, typer.Option(help="pocket, folder of a checkpoint, or a name on the hub.")
+    ] = "pocket",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Your pictures and prompts: JSON lines or a folder; no answers needed."),
+    ] = None,
+    floor: Annotated[float, typer.Option(help="Share of pictures that must agree.")] = 0.99,
+    confidence: Annotated[float, typer.Option(help="Of the bound that must reach it.")] = 0.95,
+    prune: Annotated[
+        list[str] | None, typer.Option(help="A method to try; can be given often.")
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Budgets to try: 0.5,0.25 (fractions) or 128,64 (tokens).")
+    ] = None,
+    cost: Annotated[
+        str, typer.Option(help="What is cheap: time on this device, or visual tokens.")
+    ] = "time",
+    batch: Annotated[int, typer.Option(min=1, help="Prompts in one generate.")] = 1,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest reply that is compared [16; pocket: 1].")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; the GPU if there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...; as stored.")] = "auto",
+) -> None:
+    """Find the cheapest spec that answers your prompts as the unpruned model does."""
+    from .tune import Request, run_tune
+
+    prunes = tuple(prune or ())
+    run_tune(
+        Request(
+            *(model, data, floor, confidence, prunes, keep, cost),
+            *(batch, max_new_tokens, device, dtype),
+        )
+    )

@@ -1,0 +1,87 @@
+"""`tokenprune tune`: the cheapest spec that answers as the unpruned model does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from ..bench.tuning import CANDIDATES, CONFIRMED, KEEPS, Cost, Trial, Tuned, tune
+from .bench import budgets, longest, model_named, questions
+from .console import console, milliseconds, table
+from .loading import CommandError
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was typed; the options of `tokenprune tune`, in their order."""
+
+    model: str
+    data: Path | None
+    floor: float
+    confidence: float
+    prune: tuple[str, ...]
+    keep: str | None
+    cost: str
+    batch: int
+    max_new_tokens: int | None
+    device: str
+    dtype: str
+
+
+def run_tune(request: Request) -> Tuned:
+    """Search, confirm, and print the spec on the last line."""
+    if request.cost not in get_args(Cost):
+        raise CommandError(f"--cost must be time or tokens, got {request.cost!r}")
+    samples = questions(request.model, request.data, full=True, count=None)
+    loaded = model_named(request.model, request.device, request.dtype)
+    out = console()
+    columns = (SpinnerColumn(), TextColumn("{task.completed} replies"), TimeElapsedColumn())
+    with Progress(*columns, console=out, transient=True) as bars:
+        bar = bars.add_task("asking")
+        tuned = tune(
+            loaded.model,
+            loaded.processor,
+            samples,
+            floor=request.floor,
+            confidence=request.confidence,
+            specs=request.prune or CANDIDATES,
+            keeps=KEEPS if request.keep is None else budgets(request.keep),
+            cost="time" if request.cost == "time" else "tokens",
+            batch=request.batch,
+            max_new_tokens=longest(request.model, request.max_new_tokens),
+            progress=lambda count: bars.advance(bar, count),
+        )
+    shown = table("search", "agreement", "visual tokens, mean over layers", "a prompt")
+    for trial in tuned.searched:
+        shown.add_row(trial.spec, *_cells(trial))
+    out.print(shown, "")
+    shown = table("confirmation", "agreement", "bound", "visual tokens", "a prompt")
+    shown.add_row("vanilla", "", "", "", milliseconds(tuned.vanilla.milliseconds / 1000))
+    for trial in tuned.confirmed:
+        agreement, *rest = _cells(trial)
+        shown.add_row(trial.spec, agreement, f"{trial.bound:.4f}", *rest)
+    out.print(shown, "")
+    for spec, reason in tuned.skipped.items():
+        out.print(f"not tried: {spec}: {reason}", markup=False, soft_wrap=True)
+    out.print(
+        "agreement: pictures on all of whose prompts the reply is the unpruned model's; bound: "
+        f"exact binomial, one-sided, {tuned.confidence:.3g} for up to {CONFIRMED} confirmations "
+        f"together, on {tuned.vanilla.pictures} pictures that the search has not seen",
+        style="dim",
+    )
+    if tuned.best is None:
+        out.print(f"nothing reaches {tuned.floor:.3g}: leave the model as it is, or lower --floor")
+    else:
+        out.print(tuned.best.spec, markup=False, soft_wrap=True)
+    return tuned
+
+
+def _cells(trial: Trial) -> tuple[str, str, str]:
+    return (
+        f"{trial.agreeing} of {trial.pictures}",
+        f"{trial.tokens:.1f}",
+        milliseconds(trial.milliseconds / 1000),
+    )

@@ -1,0 +1,106 @@
+"""Questions from files, and what is said about files that cannot be used."""
+
+import json
+from collections import Counter
+
+import pytest
+from PIL import Image
+
+from tokenprune.bench import DataError, pocket, read
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for name, gray in (("a", 10), ("b", 200)):
+        Image.new("L", (20, 10), gray).save(tmp_path / "pictures" / f"{name}.png")
+    return tmp_path
+
+
+def lines(path, *rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    return path
+
+
+def test_json_lines_are_read(folder):
+    path = lines(
+        folder / "questions.jsonl",
+        {"image": "pictures/a.png", "question": "dark ?", "answer": "yes", "type": "light"},
+        {"image": "pictures/a.png", "question": "bright ?", "answers": ["no", "nope"], "id": "x"},
+        {"image": "pictures/b.png", "question": "what ?"},
+    )
+    one, two, three = read(path)
+    assert (one.id, one.answers, one.type, one.question) == ("1", ("yes",), "light", "dark ?")
+    assert (two.id, two.answers, two.type) == ("x", ("no", "nope"), "all")
+    assert three.answers == ()
+    assert one.group == two.group != three.group
+    picture = one.picture()
+    assert (picture.mode, picture.size, picture.getpixel((0, 0))) == ("RGB", (20, 10), (10,) * 3)
+    assert [sample.id for sample in read(folder)] == ["1", "x", "3"]
+
+
+def test_a_folder_of_pictures_is_asked_one_prompt(folder):
+    samples = read(folder / "pictures", prompt="What is it?")
+    assert [(one.id, one.question) for one in samples] == [
+        ("a.png", "What is it?"),
+        ("b.png", "What is it?"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "line 1 of .* is not JSON"),
+        ("[1]", 'must be an object with "image" and "question"'),
+        ('{"image": "a.png"}', 'must be an object with "image" and "question"'),
+        ('{"image": "a", "question": "q", "answers": "yes"}', '"answers" in line 1 .* be a list'),
+        ("\n", "holds no questions"),
+        ('{"image": "a", "question": "q", "id": 1}\n' * 2, "'1' stands twice"),
+    ],
+)
+def test_unusable_lines_are_named(tmp_path, text, words):
+    path = tmp_path / "data.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError, match=words):
+        read(path)
+
+
+def test_places_without_data_are_refused(folder):
+    with pytest.raises(DataError, match="no file or folder"):
+        read(folder / "nowhere")
+    (folder / "empty").mkdir()
+    with pytest.raises(DataError, match="neither a .jsonl file nor pictures"):
+        read(folder / "empty")
+    for name in "ab":
+        (folder / f"{name}.jsonl").touch()
+    with pytest.raises(DataError, match="2 .jsonl files"):
+        read(folder)
+
+
+def test_broken_pictures_are_named(folder):
+    bad = folder / "bad.png"
+    bad.write_text("no picture")
+    path = lines(
+        folder / "q.jsonl",
+        {"image": "bad.png", "question": "q"},
+        {"image": "gone.png", "question": "q"},
+    )
+    bad_sample, gone = read(path)
+    with pytest.raises(DataError, match=r"bad\.png is not a picture"):
+        bad_sample.picture()
+    with pytest.raises(DataError, match=r"cannot read the picture .*gone\.png"):
+        gone.picture()
+
+
+def test_pocket_vqa_is_fixed_and_balanced():
+    full, small = pocket(full=True), pocket()
+    assert len(full) == len({one.id for one in full}) == 2089
+    assert len({one.group for one in full}) == 500
+    assert {one.id for one in small} < {one.id for one in full}
+    assert len(small) == 300
+    assert set(Counter(one.type for one in small).values()) <= {33, 34}
+    for kind in ("existence", "relation"):
+        replies = Counter(one.answers[0] for one in full if one.type == kind)
+        assert replies["yes"] == replies["no"] == 200
+    assert min(Counter(one.type for one in full).values()) > 100
+    assert all(one.mask.shape == (64,) and one.mask.any() for one in small)
