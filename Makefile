@@ -66,10 +66,13 @@ matrix-%: .venv-%/.ready
 
 # Integrations with large installs, laid over .venv in the same way.
 EXTRAS-ray := "ray[data]>=2.44"
+EXTRAS-eval := "lmms-eval[video-legacy]>=0.7.3,<0.8"
 test-%: .venv-%/.ready
 	$(SINGLE) .venv-$*/bin/python -m pytest -p no:cacheprovider tests/integrations/$*
 
 test-ray:  ## batch work on a real local Ray, and under torchrun
+
+test-eval:  ## the command of lmms-eval, end to end, on the shipped model
 
 .venv-%/.ready: $(READY)
 	rm -rf .venv-$*
