@@ -3,8 +3,8 @@
 VisualTokens + Signals --Scorer--> scores --Reducer--> Plan --apply--> VisualTokens
 """
 
-from .adapter import ModelAdapter, Observation, Removable, TowerAdapter
-from .attach import Attachment, attach, observe
+from .adapter import Attended, ModelAdapter, Observation, Removable, TowerAdapter
+from .attach import Attachment, attach, observe, watch
 from .budget import Budgeted, Keep
 from .errors import (
     AttachError,
@@ -75,6 +75,7 @@ __all__ = [
     "AlignedFeatures",
     "AttachError",
     "Attachment",
+    "Attended",
     "BeforeLLM",
     "BudgetError",
     "Budgeted",
@@ -141,4 +142,5 @@ __all__ = [
     "parse",
     "parse_schedule",
     "spec_of",
+    "watch",
 ]

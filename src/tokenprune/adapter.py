@@ -1,8 +1,9 @@
 """Adapters connect strategies to models: what they implement, and what core gives them.
 
 A `TowerAdapter` reads signals from a vision tower without changing what it returns. A
-`ModelAdapter` puts stages to work in a whole model. Both install hooks by yielding every handle as
-it is made; core removes them, also when an installation fails half-way.
+`ModelAdapter` puts stages to work in a whole model, and may tell what its language model attends
+to. All install hooks by yielding every handle as it is made; core removes them, also when an
+installation fails half-way.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import NoReturn, Protocol
 
+import torch
+from einops import reduce
 from torch import Tensor, nn
 
-from .errors import AttachError, MissingSignalError
+from .errors import AttachError, MissingSignalError, ShapeError, UnsupportedError
 from .placement import Placement
 from .report import Record
 from .signals import Signal, Signals
@@ -111,6 +114,76 @@ class Observation(NotCopyable):
         return signals
 
 
+class Attended(NotCopyable):
+    """What the newest token of each prompt attended to among the visual tokens, pass by pass.
+
+    The first pass is that over the prompt, whose last token asks; in every later one asks a token
+    that was generated. Every thread sees its own latest prompts. An adapter calls `begin` where a
+    pass brings pictures, and `step` at the end of this pass and of each one that continues it.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def begin(self, places: Tensor) -> None:
+        """Forget the previous prompts of this thread.
+
+        Args:
+            places: `(images, tokens)` int64, the patch that each visual token is, counted as
+                `VisualTokens.positions` are; -1 is padding.
+        """
+        if places.ndim != 2:
+            raise ShapeError(f"places must have axes (images tokens), got {tuple(places.shape)}")
+        self._local.places = places
+        self._local.steps = []
+
+    def step(self, attention: Tensor) -> None:
+        """Note what was attended to in one pass.
+
+        Args:
+            attention: `(images, layers, heads, tokens)`: of the newest token of the prompt that
+                an image is in, softmax over all keys, of which the image's are taken.
+        """
+        images, tokens = self.places.shape
+        if attention.ndim != 4 or (attention.shape[0], attention.shape[3]) != (images, tokens):
+            raise ShapeError(
+                f"attention must have axes (images layers heads tokens) with {images} images of "
+                f"{tokens} tokens, got {tuple(attention.shape)}"
+            )
+        mean = reduce(
+            attention.float(), "images layers heads tokens -> images layers tokens", "mean"
+        )
+        self._local.steps.append(mean.masked_fill(~self.mask[:, None].to(mean.device), 0))
+
+    def forget(self) -> None:
+        """Give up the prompts of this thread: others came, without pictures."""
+        self._local.__dict__.clear()
+
+    @property
+    def places(self) -> Tensor:
+        """`(images, tokens)` int64, the patch that each visual token is; -1 is padding."""
+        if not hasattr(self._local, "places"):
+            raise MissingSignalError("no prompt with pictures has run, so there is nothing to read")
+        places: Tensor = self._local.places
+        return places
+
+    @property
+    def mask(self) -> Tensor:
+        """`(images, tokens)` bool, False where an image has fewer tokens than others."""
+        return self.places >= 0
+
+    @property
+    def steps(self) -> Tensor:
+        """`(steps, images, layers, tokens)` float32, mean over heads; zero for padding.
+
+        Step 0: the last token of the prompt asks; step k: the k-th token that was generated. One
+        that ended its text asks nothing.
+        """
+        images, tokens = self.places.shape
+        steps: list[Tensor] = self._local.steps
+        return torch.stack(steps) if steps else torch.zeros(0, images, 0, tokens)
+
+
 class TowerAdapter(ABC):
     """Reads signals from a kind of vision tower, by hooks, without touching what it returns."""
 
@@ -162,3 +235,18 @@ class ModelAdapter(ABC):
             stages: what to do, each at a placement that `provides` has accepted.
             record: where to note what was done.
         """
+
+    def watch(self, model: nn.Module, attended: Attended) -> Iterator[Removable]:
+        """Yield the handle of every hook that reads what the language model attends to. Optional.
+
+        Args:
+            model: the model, which computes what it always does.
+            attended: where to note it; attention as rows, never as matrices.
+
+        Raises:
+            UnsupportedError: this adapter does not offer it, or cannot for `model`.
+        """
+        raise UnsupportedError(
+            f"{type(self).__name__} cannot tell what a {type(model).__name__} attends to: it does "
+            "not implement ModelAdapter.watch"
+        )

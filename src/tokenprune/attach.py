@@ -1,4 +1,4 @@
-"""The two verbs: `attach` strategies to a model, `observe` a vision tower."""
+"""`attach` strategies to a model, `observe` a vision tower, `watch` an LLM's attention."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import nn
 
-from .adapter import Observation, Removable
+from .adapter import Attended, Observation, Removable
 from .errors import AttachError, SpecError, UnsupportedError
 from .plugins import registry
 from .report import Record, Report
@@ -151,6 +151,32 @@ def observe(
     with ExitStack() as installed:
         _install(installed, chosen.install(tower, wanted, observation, feature_layer))
         yield observation
+
+
+@contextmanager
+def watch(model: nn.Module, *, adapter: str | None = None) -> Iterator[Attended]:
+    """Read what generated tokens attend to among the visual tokens, in every layer of the LLM.
+
+    One row of attention is computed anew for each prompt, layer and pass, beside the model's own
+    kernel; the model computes what it always does. Generate token by token (greedily, or by
+    sampling): with beams, rows of a pass continue others.
+
+    Args:
+        model: a model of which no visual tokens are taken.
+        adapter: name of the adapter, where several claim the model.
+
+    Yields:
+        What was attended to in the passes of the latest prompts.
+
+    Raises:
+        UnsupportedError: no adapter for this model, or it cannot tell.
+    """
+    known = registry()
+    chosen = known.claiming(known.models, model, adapter).factory()
+    attended = Attended()
+    with ExitStack() as installed:
+        _install(installed, chosen.watch(model, attended))
+        yield attended
 
 
 def _stages(stages: tuple[Stage | str, ...]) -> Iterator[Stage]:

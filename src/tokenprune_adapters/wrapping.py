@@ -20,34 +20,56 @@ Around = Callable[[Callable[[], Any], Mapping[str, Any]], Any]
 """Takes the call as it was made, to be made inside, and its arguments by name; gives the output."""
 
 
+_AROUNDS = "tokenprune_arounds"
+"""Attribute of a method that was wrapped here: what is around it, from the inside out."""
+
+
 def wrap_method(owner: nn.Module, name: str, around: Around) -> Iterator[Removable]:
-    """Put `around` around a method of `owner`, and yield the handle.
+    """Put `around` around a method of `owner`, and around what was put there before.
 
     Raises:
-        AttachError: somebody else has done so.
+        AttachError: somebody else has replaced the method.
     """
-    if name in vars(owner):
+    present = vars(owner).get(name)
+    if present is None:
+        present = _wrapped(getattr(owner, name))
+        setattr(owner, name, present)
+    arounds: list[Around] | None = getattr(present, _AROUNDS, None)
+    if arounds is None:
         raise AttachError(f"somebody else has replaced {type(owner).__name__}.{name}")
-    original = getattr(owner, name)
+    arounds.append(around)
+    yield _Wrapper(owner, name, arounds, around)
+
+
+def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
+    arounds: list[Around] = []
 
     # `generate` chooses arguments by the signature, which `wraps` hands on.
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         arguments = signature.bind(*args, **kwargs).arguments
-        return around(lambda: original(*args, **kwargs), arguments)
+        call = functools.partial(original, *args, **kwargs)
+        for around in tuple(arounds):
+            call = functools.partial(around, call, arguments)
+        return call()
 
-    setattr(owner, name, wrapped)
-    yield _Attribute(owner, name)
+    setattr(wrapped, _AROUNDS, arounds)
+    return wrapped
 
 
 @dataclass(frozen=True)
-class _Attribute:
-    """An instance attribute that was set."""
+class _Wrapper:
+    """What was put around a method; the last that is removed shows the class's method again."""
 
     owner: nn.Module
     name: str
+    arounds: list[Around]
+    around: Around
 
     def remove(self) -> None:
-        """Show what the class says again."""
-        vars(self.owner).pop(self.name, None)
+        """Take it away again."""
+        if self.around in self.arounds:
+            self.arounds.remove(self.around)
+        if not self.arounds:
+            vars(self.owner).pop(self.name, None)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenprune.adapter import ModelAdapter, Observation, Removable
-from tokenprune.placement import Placement
+from tokenprune.adapter import Attended, ModelAdapter, Observation, Removable
+from tokenprune.placement import BeforeLLM, Placement
 from tokenprune.report import Record
 from tokenprune.signals import ClsAttention, Signal
 from tokenprune.strategy import Stage
@@ -25,6 +25,7 @@ from .parts import (
     tower_adapter,
 )
 from .placed import FindImages, Placed, check_placement, readable
+from .watched import WatchAttention
 
 
 class LlavaAdapter(ModelAdapter):
@@ -58,6 +59,13 @@ class LlavaAdapter(ModelAdapter):
             reduce = ReduceBeforeProjector(placed.strategy, observation, record, later)
             yield from reduce.install(core.multi_modal_projector)
         yield from placed.install(model, FindImages(_finder(core)), store, record)
+        yield from expanded_images_guard(core)
+        yield from lost_images_guard(core)
+
+    def watch(self, model: nn.Module, attended: Attended) -> Iterator[Removable]:
+        self.provides(model, BeforeLLM())
+        core: Any = model.model
+        yield from WatchAttention(model, FindImages(_finder(core)), attended).install()
         yield from expanded_images_guard(core)
         yield from lost_images_guard(core)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.adapter import ModelAdapter, NotCopyable, Observation, Removable
+from tokenprune.adapter import Attended, ModelAdapter, NotCopyable, Observation, Removable
 from tokenprune.budget import Budgeted, Per
 from tokenprune.errors import AttachError, UnsupportedError
 from tokenprune.placement import BeforeLLM, Newline, Placement
@@ -37,6 +37,7 @@ from .parts import (
     tower_adapter,
 )
 from .placed import FindImages, Placed, check_placement, readable
+from .watched import WatchAttention
 
 
 class LlavaNextAdapter(ModelAdapter):
@@ -78,6 +79,14 @@ class LlavaNextAdapter(ModelAdapter):
             reduce = ReduceBeforeProjector(placed.strategy, observation, record, later, pack.rows)
             yield from reduce.install(core.multi_modal_projector)
         yield from placed.install(model, FindImages(pack.find), store, record)
+        yield from lost_images_guard(core)
+
+    def watch(self, model: nn.Module, attended: Attended) -> Iterator[Removable]:
+        self.provides(model, BeforeLLM())
+        core: Any = model.model
+        noted = _NotePlaces(core)
+        yield from noted.install()
+        yield from WatchAttention(model, FindImages(noted.find), attended).install()
         yield from lost_images_guard(core)
 
 
@@ -137,7 +146,7 @@ class _PackImages(NotCopyable):
         yield from wrap_method(self.core, "get_image_features", self._encode)
 
     def _encode(self, call: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
-        packing = self._packing(arguments["image_sizes"])
+        packing = _packing(self.core, arguments["image_sizes"])
         self._local.packing = packing
         try:
             output = call()
@@ -166,16 +175,53 @@ class _PackImages(NotCopyable):
         """The images of a call of the whole model."""
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is None:
-            places = self._packing(kwargs["image_sizes"]).places
+            places = _packing(self.core, kwargs["image_sizes"]).places
         else:
             assert self.store is not None
             places = self.store.places(encoded.pooler_output)
         return Images.of(ids == self.core.config.image_token_id, places)
 
-    def _packing(self, sizes: Any) -> Packing:
-        vision = self.core.config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
-        return Packing.of(self.core, torch.as_tensor(sizes).cpu(), patches)
+
+_PLACES = "tokenprune_places"
+"""Attribute of encoded images: which patch each of their slots is."""
+
+
+class _NotePlaces(NotCopyable):
+    """Notes on encoded images which patches they hold, since `generate` hands on no sizes."""
+
+    def __init__(self, core: Any) -> None:
+        self.core = core
+
+    def install(self) -> Iterator[Removable]:
+        """Yield the handle."""
+        yield from wrap_method(self.core, "get_image_features", self._encode)
+
+    def _encode(self, call: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
+        output = call()
+        if not isinstance(output, tuple):
+            setattr(output, _PLACES, _packing(self.core, arguments["image_sizes"]).places)
+        return output
+
+    def find(self, ids: Tensor, kwargs: dict[str, Any]) -> Images:
+        """The images of a call of the whole model."""
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is None:
+            places = _packing(self.core, kwargs["image_sizes"]).places
+        else:
+            places = getattr(encoded, _PLACES, [])
+        if not places:
+            raise UnsupportedError(
+                "it is not known which patches the encoded images hold: they did not come as they "
+                "are from the model's own get_image_features; pass pixel_values, and generate "
+                "without beams"
+            )
+        return Images.of(ids == self.core.config.image_token_id, places)
+
+
+def _packing(core: Any, sizes: Any) -> Packing:
+    vision = core.config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return Packing.of(core, torch.as_tensor(sizes).cpu(), patches)
 
 
 def _without_newlines(features: Any, packing: Packing) -> list[Tensor]:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.adapter import ModelAdapter, NotCopyable, Observation, Removable
+from tokenprune.adapter import Attended, ModelAdapter, NotCopyable, Observation, Removable
 from tokenprune.budget import Budgeted, Per
 from tokenprune.errors import AttachError, UnsupportedError
-from tokenprune.placement import Placement
+from tokenprune.placement import BeforeLLM, Placement
 from tokenprune.report import Record
 from tokenprune.signals import (
     ClsAttention,
@@ -33,6 +33,7 @@ from ..versions import check_transformers, lost_images_guard
 from ..wrapping import wrap_method
 from .parts import check_select_strategy, feature_layer, tower_adapter
 from .placed import FindImages, Placed, check_placement, readable
+from .watched import WatchAttention
 
 
 class VideoLlavaAdapter(ModelAdapter):
@@ -75,6 +76,14 @@ class VideoLlavaAdapter(ModelAdapter):
             yield from reduce.install()
         find = _FindVisual(core, per)
         yield from placed.install(model, FindImages(find.images), store, record)
+        yield from lost_images_guard(core)
+
+    def watch(self, model: nn.Module, attended: Attended) -> Iterator[Removable]:
+        self.provides(model, BeforeLLM())
+        core: Any = model.model
+        yield from _Passes(core).note_frames()
+        find = FindImages(_FindVisual(core, "image").images)
+        yield from WatchAttention(model, find, attended).install()
         yield from lost_images_guard(core)
 
 
@@ -123,7 +132,11 @@ class _Passes(NotCopyable):
         yield self.core.register_forward_pre_hook(self._over)
         yield self.core.register_forward_hook(self._over, always_call=True)
         if per_video:
-            yield from wrap_method(self.core, "get_video_features", self._encode)
+            yield from self.note_frames()
+
+    def note_frames(self) -> Iterator[Removable]:
+        """Yield the handle of what notes on encoded videos how many frames each has."""
+        yield from wrap_method(self.core, "get_video_features", self._encode)
 
     def _image(self, tower: nn.Module, args: object) -> None:
         self._local.video = False
