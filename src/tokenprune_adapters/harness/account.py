@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -55,7 +54,6 @@ class Account:
 
     def write(self, path: Path, about: Mapping[str, object]) -> None:
         """Write everything as JSON, after what it is `about`."""
-        latest = dataclasses.asdict(self.latest)
         text = json.dumps(
             {
                 **about,
@@ -71,10 +69,6 @@ class Account:
                 "kv_bytes_vanilla": self.kv_bytes_vanilla,
                 "selector_seconds": self.latest.selector_seconds,
                 "per_image": self.means(),
-                "latest_prompt": {
-                    name: latest[name]
-                    for name in ("images", "layers", "kept", "kv_bytes", "kv_bytes_vanilla")
-                },
             },
             indent=2,
         )
