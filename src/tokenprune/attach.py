@@ -107,7 +107,7 @@ def attach(model: nn.Module, *stages: Stage | str, adapter: str | None = None) -
             )
     chosen = plugin.factory()
     for stage in parsed:
-        _check_signals(chosen.provides(model, stage.placement), stage, type(model).__name__)
+        check_signals(chosen.provides(model, stage.placement), stage, type(model).__name__)
     record = Record()
     attachment = Attachment(model, parsed, record)
     _install(attachment._installed, chosen.install(model, parsed, record))
@@ -214,7 +214,8 @@ def _shown(stages: tuple[Stage, ...]) -> str:
     return "; ".join(map(shown, stages))
 
 
-def _check_signals(provided: frozenset[type[Signal]], stage: Stage, model: str) -> None:
+def check_signals(provided: frozenset[type[Signal]], stage: Stage, model: str) -> None:
+    """Refuse a stage that reads what `model` does not supply; name the scorers that work."""
     missing = {type(signal) for signal in stage.strategy.signals} - provided
     if missing:
         raise UnsupportedError(
