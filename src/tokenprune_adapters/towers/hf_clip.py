@@ -20,9 +20,8 @@ from tokenprune.signals import (
     Signal,
 )
 
-from ..rows import attention, attention_margins
 from .projections import Projections
-from .taps import Reading
+from .taps import Reading, read_block
 
 
 @dataclass(frozen=True)
@@ -142,17 +141,9 @@ class _LayerTap(NotCopyable):
 
     def note(self, name: str, output: Tensor) -> None:
         """Keep `(batch, tokens, heads * channels)`; with queries and keys there, read them."""
-        scratch, number, prefix = self.taps.observation.scratch, self.number, self.taps.prefix
+        scratch, number = self.taps.observation.scratch, self.number
         split = "batch tokens (heads channels) -> batch heads tokens channels"
         scratch[name, number] = rearrange(output, split, heads=self.heads)
-        if ("query", number) not in scratch or ("key", number) not in scratch:
-            return
-        query, keys = scratch.pop(("query", number)), scratch.pop(("key", number))
-        if Keys in self.kinds:
-            scratch[Keys, number] = keys[:, :, prefix:]
-        if ClsAttention in self.kinds:
-            scratch[ClsAttention, number] = attention(query[:, :, :1], keys)[:, :, 0, prefix:]
-        if {ReceivedAttention, GivenAttention} & self.kinds:
-            received, given = attention_margins(query, keys, prefix)
-            scratch[ReceivedAttention, number] = received
-            scratch[GivenAttention, number] = given
+        if ("query", number) in scratch and ("key", number) in scratch:
+            query, keys = scratch.pop(("query", number)), scratch.pop(("key", number))
+            read_block(scratch, number, self.kinds, query, keys, self.taps.prefix)

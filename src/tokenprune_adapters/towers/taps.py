@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from tokenprune.adapter import NotCopyable, Observation
 from tokenprune.errors import ShapeError
-from tokenprune.signals import Keys, PoolAttention, Signal, resolve_layers
+from tokenprune.signals import (
+    ClsAttention,
+    GivenAttention,
+    Keys,
+    PoolAttention,
+    ReceivedAttention,
+    Signal,
+    resolve_layers,
+)
 from tokenprune.tokens import VisualTokens
 
 from ..fingerprint import fingerprint
+from ..rows import attention, attention_margins
+
+Answers = dict[Signal, Tensor]
 
 
 class Reading(NotCopyable):
@@ -57,12 +70,18 @@ class Reading(NotCopyable):
         if self.observation.running:
             self.observation.scratch["features"] = patches.detach()
 
-    def finish(self) -> None:
-        """The pass is complete: publish it."""
+    def finish(self, whole: Callable[[Answers], Answers] | None = None) -> None:
+        """The pass is complete: publish it.
+
+        Args:
+            whole: makes answers of all heads from those that this process computed, where it did
+                not compute all; None where it did.
+        """
         scratch = self.observation.scratch
         features = scratch["features"]
         tokens = VisualTokens.of(features, ids=scratch["ids"].to(features.device))
-        self.observation.finish(tokens, answers(self.wanted, scratch))
+        found = answers(self.wanted, scratch)
+        self.observation.finish(tokens, found if whole is None else whole(found))
 
 
 def layers_of(signal: Signal, feature_layer: int, count: int) -> tuple[int, ...]:
@@ -79,14 +98,40 @@ def layers_of(signal: Signal, feature_layer: int, count: int) -> tuple[int, ...]
     return resolve_layers(asked, feature_layer, count)
 
 
-def answers(
-    wanted: dict[Signal, tuple[int, ...]], scratch: dict[object, Tensor]
-) -> dict[Signal, Tensor]:
+def read_block(
+    scratch: dict[object, Tensor],
+    number: int,
+    kinds: frozenset[type[Signal]],
+    query: Tensor,
+    keys: Tensor,
+    prefix: int,
+) -> None:
+    """Leave in `scratch` what is wanted of one attention block.
+
+    Args:
+        scratch: where `answers` finds it.
+        number: of the block.
+        kinds: what is wanted of it.
+        query: `(batch, heads, queries, channels)`, [CLS] first where its row is wanted.
+        keys: `(batch, heads, prefix + tokens, channels)`.
+        prefix: tokens before the patches.
+    """
+    if Keys in kinds:
+        scratch[Keys, number] = keys[:, :, prefix:]
+    if ClsAttention in kinds:
+        scratch[ClsAttention, number] = attention(query[:, :, :1], keys)[:, :, 0, prefix:]
+    if {ReceivedAttention, GivenAttention} & kinds:
+        received, given = attention_margins(query, keys, prefix)
+        scratch[ReceivedAttention, number] = received
+        scratch[GivenAttention, number] = given
+
+
+def answers(wanted: dict[Signal, tuple[int, ...]], scratch: dict[object, Tensor]) -> Answers:
     """Answers to signals, from what hooks have left in `scratch`.
 
     They leave it under (kind of signal, number of the layer), or under the kind alone.
     """
-    found: dict[Signal, Tensor] = {}
+    found: Answers = {}
     for signal, layers in wanted.items():
         kind = type(signal)
         if "layers" in signal.axes.split():
