@@ -54,7 +54,7 @@ def run(request: Request) -> None:
     output = _output(request)
     rows = read_rows(request.input, request.prompt)
     answerer = Answerer(
-        request.model,
+        _checkpoint(request.model),
         request.prune,
         request.prompt,
         request.max_new_tokens,
@@ -75,6 +75,12 @@ def run(request: Request) -> None:
             progress=lambda done, bad: bar.update(task, completed=done, bad=bad),
         )
     _summary(output, time.perf_counter() - start, out)
+
+
+def _checkpoint(model: str) -> str:
+    """A folder by its full name, since workers may stand elsewhere."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else model
 
 
 def _output(request: Request) -> Path:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tokenprune.attach import Attachment, attach
+from tokenprune.errors import UnsupportedError
 from tokenprune.spec import parse_schedule, spec_of
 
 from .errors import PictureError, WorkerError
@@ -46,7 +47,7 @@ class Answerer:
         root: folder that relative names of pictures are relative to.
 
     >>> Answerer("llava-hf/llava-1.5-7b-hf", "vtc-cls(keep=64)").prune
-    "cls-attention(layers=3, ensemble='avg') | evict(64) @ before-llm"
+    'cls-attention | evict(64) @ before-llm'
     """
 
     model: str
@@ -72,7 +73,7 @@ class Answerer:
         return {name: getattr(self, name) for name in names}
 
     def __reduce__(self) -> tuple[type[Answerer], tuple[str | int | None, ...]]:
-        return Answerer, tuple(self.settings.values())
+        return type(self), tuple(self.settings.values())
 
     def __call__(self, batch: Mapping[str, Iterable[object]]) -> Columns:
         """Answer a batch.
@@ -224,6 +225,11 @@ def _generate(
 def _entries(model: _Model, inputs: Mapping[str, torch.Tensor], cases: int) -> list[int]:
     """How many entries of the report each case has: more than one where budgets are per crop."""
     assert model.pruned is not None
-    if len(model.pruned.report.images) == cases:
+    images = model.pruned.report.images
+    if not images:  # a batch job that compresses nothing is not what anybody asked for
+        raise UnsupportedError(
+            f"{model.pruned.spec!r} reduced no picture; has the model fewer layers than it names?"
+        )
+    if len(images) == cases:
         return [1] * cases
     return [1 + math.prod(model.loaded.tiles(size)) for size in inputs["image_sizes"]]

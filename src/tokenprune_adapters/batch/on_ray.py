@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -48,6 +49,8 @@ class OnRay:
             self._connect()
         try:
             self._check()
+            context = ray.data.DataContext.get_current()
+            context.enable_progress_bars = False  # whoever called us has one of their own
             # An actor takes a block at a time, so that all of them have some.
             share = math.ceil(len(rows) / (4 * self.workers * self.batch)) * self.batch
             size = max(self.batch, min(share, self.block))
@@ -73,6 +76,7 @@ class OnRay:
         cpus = None
         if self.address == "local":
             cpus = max(os.cpu_count() or 1, self.workers + SPARE)
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         try:
             ray.init(self.address, num_cpus=cpus, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -60,8 +60,8 @@ class Processes:
                 running.add(pool.submit(_answer, batch))
                 if len(running) > 2 * self.workers:  # some wait, so that no worker does
                     done, running = wait(running, return_when=FIRST_COMPLETED)
-                    yield from (each.result() for each in done)
-            yield from (each.result() for each in running)
+                    yield from _results(done)
+            yield from _results(running)
         except BrokenProcessPool as error:
             raise WorkerError(
                 "a worker process died (killed, or out of memory?); what was answered is saved: "
@@ -75,6 +75,12 @@ def batches(rows: pa.Table, size: int) -> Iterator[Columns]:
     """`rows` as columns of at most `size`."""
     for start in range(0, len(rows), size):
         yield rows.slice(start, size).to_pydict()
+
+
+def _results(futures: Iterable[Future[Columns]]) -> Iterator[Columns]:
+    """What came out, failures last, so that they cost nothing else."""
+    for each in sorted(futures, key=lambda future: future.exception() is not None):
+        yield each.result()
 
 
 def _devices(device: str, workers: int) -> list[str]:
