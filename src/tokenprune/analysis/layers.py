@@ -1,0 +1,455 @@
+"""Do scores agree with what the LLM attends to, layer by layer? VTC-CLS, section 3.2 and figure 2.
+
+    result = consistency(model, processor, samples, keeps=[128, 64])
+    result.curve("cls-attention", "correlation").layers[1]  # layer 2, mean and standard error
+
+The importance of a visual token in a layer of the LLM is the attention that it gets from the output
+tokens, mean over heads and output tokens (equation 4). It is read while the unpruned model
+generates, one row for each layer and token, by `tokenprune.watch`. `tokenprune analyze` is the
+command.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..attach import attach, watch
+from ..bench.data import DataError, Sample
+from ..bench.prompting import prompter
+from ..bench.scoring import Mean, mean
+from ..errors import ShapeError, SpecError, UnknownNameError, UnsupportedError
+from ..placement import BeforeLLM, Placement
+from ..plugins import registry
+from ..reducers import Evict
+from ..scorers import ClsAttentionScorer, RandomScorer
+from ..signals import Signal, Signals
+from ..spec import parse_schedule, shown
+from ..strategy import Scorer, Stage, Strategy
+from ..tokens import VisualTokens
+from .consistency import overlap, rank_correlation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+FORMAT = 1
+
+Queries: TypeAlias = Literal["output", "last"]
+"""Whose attention is the LLM's. ``"output"``: of each generated token itself, in the pass that
+reads it, mean over them; the end of the text is none of them. This is equation 4 as it is written:
+`N + 1` keys, those of the input and its own. ``"last"``: of the last token of the prompt, from
+which the first output token is generated."""
+
+Measure: TypeAlias = Literal["overlap", "correlation", "share"]
+"""``"overlap"``: p of equation 6. ``"correlation"``: c of equation 8. ``"share"``: how much of its
+attention a token that asks spends on visual tokens at all."""
+
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One measure in every layer of the LLM.
+
+    Attributes:
+        scorer: the spec of the scores that are compared; empty for a share, which needs none.
+        measure: what was measured.
+        queries: whose attention the LLM's is.
+        keep: of an overlap: how many tokens stay, a count or a fraction; else None.
+        layers: over questions, one for each layer, the first that runs first.
+        mean: over questions, of their mean over layers.
+    """
+
+    scorer: str
+    measure: Measure
+    queries: Queries
+    keep: int | float | None
+    layers: tuple[Mean, ...]
+    mean: Mean
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """How far scores agree with what the LLM attends to.
+
+    Attributes:
+        model: its name or folder.
+        data: name, and numbers of questions and pictures.
+        device, dtype: of the model.
+        tokens: visual tokens of a picture, on average.
+        answer: tokens of an answer, on average, its end apart.
+        scorers: specs in the order they were given; ``"random"`` is the last.
+        keeps: budgets of the overlaps.
+        versions: of tokenprune, torch and transformers.
+        curves: everything that was measured.
+    """
+
+    model: str
+    data: dict[str, Any]
+    device: str
+    dtype: str
+    tokens: float
+    answer: float
+    scorers: tuple[str, ...]
+    keeps: tuple[int | float, ...]
+    versions: dict[str, str]
+    curves: tuple[Curve, ...]
+
+    def curve(
+        self,
+        scorer: str,
+        measure: Measure,
+        queries: Queries = "output",
+        keep: int | float | None = None,
+    ) -> Curve:
+        """The curve of a scorer; `keep` may be left out where there is one budget.
+
+        Raises:
+            UnknownNameError: it was not measured.
+        """
+        for one in self.curves:
+            if (one.scorer, one.measure, one.queries) == (scorer, measure, queries) and (
+                keep is None or one.keep == keep
+            ):
+                return one
+        raise UnknownNameError(
+            f"no {measure} of {scorer!r} with queries={queries!r} and keep={keep} was measured; "
+            f"scorers: {', '.join(self.scorers)}; keep: {', '.join(map(repr, self.keeps))}"
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write `analyze.json` into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(_plain({"format": FORMAT, **asdict(self)}), indent=1)
+        (folder / "analyze.json").write_text(text + "\n")
+
+
+def consistency(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    samples: Sequence[Sample],
+    scorers: Iterable[str | Scorer | Stage] | None = None,
+    keeps: Sequence[int | float] = (0.25, 0.125),
+    *,
+    name: str = "",
+    data: str = "",
+    batch: int = 8,
+    max_new_tokens: int = 16,
+    text: Callable[[str], str] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Consistency:
+    """Let the unpruned model answer, and compare scores with what its answers attend to.
+
+    Random scores are compared as well, as the line that others must leave. Standard errors are
+    clustered by picture.
+
+    Args:
+        model: a model with an adapter, not attached.
+        processor: its processor.
+        samples: what to ask, each about one picture; answers are not needed.
+        scorers: scorers, or stages that start with one, as objects or specs; None for [CLS]
+            attention ensembled over the last K = 1 to 5 layers.
+        keeps: budgets of the overlap; int = count, float = fraction.
+        name: of the model, for the files.
+        data: name of the data, for the files.
+        batch: questions in one `generate`.
+        max_new_tokens: longest answer.
+        text: from a question to a prompt; None for the processor's chat template.
+        progress: is told after each batch how many questions were answered.
+
+    Raises:
+        DataError: no samples.
+        UnsupportedError: the model's adapter cannot tell what the LLM attends to, or cannot give
+            what a scorer reads.
+        SpecError, UnknownNameError, BudgetError: a scorer or budget that cannot be used.
+    """
+    if not samples:
+        raise DataError("an analysis needs at least one question")
+    ask = text or prompter(processor)
+    with watch(model):  # what cannot be told is said before anything else is found wrong
+        pass
+    given = cls_ensembles(model) if scorers is None else tuple(map(_scored, scorers))
+    random = _Scored(RANDOM, RandomScorer(), given[0].placement if given else BeforeLLM())
+    by_label = {each.label: each for each in (*given, random)}
+    told = _Told(tuple(by_label.values()), tuple(keeps))
+    for start in range(0, len(samples), batch):
+        part = samples[start : start + batch]
+        inputs = processor(
+            images=[sample.picture() for sample in part],
+            text=[ask(sample.question) for sample in part],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(model.device, model.dtype)
+        _answer(model, inputs, max_new_tokens, told)
+        progress(len(part))
+    return _result(model, samples, told, name, data)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A scorer, what to call it, and where it acts."""
+
+    label: str
+    scorer: Scorer
+    placement: Placement
+
+
+def cls_ensembles(model: PreTrainedModel, most: int = 5) -> tuple[_Scored, ...]:
+    """[CLS] attention ensembled over the last K layers, K = 1 up to `most` or all there are."""
+    for layers in range(most, 0, -1):
+        found = tuple(_scored(ClsAttentionScorer(layers=k)) for k in range(1, layers + 1))
+        try:
+            attach(model, *_look(found)[0]).detach()
+        except ShapeError:  # a tower of fewer layers
+            continue
+        return found
+    return ()
+
+
+def scorer_of(spec: str) -> tuple[Scorer, Placement]:
+    """The scorer that `spec` names, or that its stage starts with, and where it acts.
+
+    >>> scorer_of("cls-attention(layers=1)")[0] == scorer_of("fastervlm(keep=64)")[0]
+    True
+
+    Raises:
+        SpecError: not one stage, or one that does not start with a scorer.
+        UnknownNameError: a name that no plugin offers.
+    """
+    before, at, place = spec.partition("@")
+    known = registry()
+    alone = known.named(known.scorers, before.partition("(")[0].strip(), "scorer")
+    if alone is not None and "|" not in before:
+        spec = f"{before} | evict(1.0) {at} {place}"
+    stages = parse_schedule(spec)
+    first = stages[0].strategy.steps[0]
+    if len(stages) != 1 or not isinstance(first, Scorer):
+        names = ", ".join(known.names(known.scorers))
+        raise SpecError(f"{spec!r} does not start with a scorer; scorers: {names}")
+    return first, stages[0].placement
+
+
+def _scored(given: str | Scorer | Stage) -> _Scored:
+    if isinstance(given, str):
+        scorer, placement = scorer_of(given)
+        return _Scored(given, scorer, placement)
+    if isinstance(given, Scorer):
+        return _Scored(shown(given), given, BeforeLLM())
+    first = given.strategy.steps[0]
+    if not isinstance(first, Scorer):
+        raise SpecError(f"{shown(given)!r} does not start with a scorer")
+    return _Scored(shown(given), first, given.placement)
+
+
+class _Look(Scorer):
+    """Scores by several scorers, which are kept, and says nothing itself."""
+
+    def __init__(self, given: Sequence[_Scored]) -> None:
+        self.given = given
+        self.seen: list[tuple[VisualTokens, dict[str, Tensor]]] = []
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        return frozenset().union(*(each.scorer.signals for each in self.given))
+
+    def score(self, tokens: VisualTokens, signals: Signals) -> Tensor:
+        scores = {each.label: each.scorer.score(tokens, signals) for each in self.given}
+        self.seen.append((tokens, scores))
+        return torch.zeros_like(tokens.mask, dtype=torch.float32)
+
+    def __repr__(self) -> str:
+        return " + ".join(each.label for each in self.given)
+
+
+def _look(given: Sequence[_Scored]) -> tuple[list[Stage], list[_Look]]:
+    """Stages that keep every token, one for each placement."""
+    places = dict.fromkeys(each.placement for each in given)
+    looks = [_Look([each for each in given if each.placement == place]) for place in places]
+    stages = [
+        Strategy(look, Evict(1.0)).at(place) for look, place in zip(looks, places, strict=True)
+    ]
+    return stages, looks
+
+
+@dataclass(eq=False)
+class _Told:
+    """Everything measured so far, question by question.
+
+    Attributes:
+        given: the scorers.
+        keeps: budgets of the overlap.
+        values: `(questions, layers)` float64 of each batch, by what was measured.
+        tokens: visual tokens of each question's picture.
+        answers: tokens of each answer.
+    """
+
+    given: tuple[_Scored, ...]
+    keeps: tuple[int | float, ...]
+    values: dict[tuple[str, Measure, Queries, int | float | None], list[Tensor]] = field(
+        default_factory=dict
+    )
+    tokens: list[int] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)
+
+    def add(self, scores: dict[str, Tensor], attended: dict[Queries, Tensor], mask: Tensor) -> None:
+        """Compare the scores of one batch with its attention.
+
+        Args:
+            scores: `(questions, tokens)` by scorer.
+            attended: `(questions, layers, tokens)` by whose attention it is; NaN where nobody asks.
+            mask: `(questions, tokens)` bool.
+        """
+        real = mask[:, None]
+        for queries, asked in attended.items():
+            nobody = asked.isnan().flatten(1).any(1)[:, None]
+            llm = asked.double().nan_to_num(0.0)
+            measured: dict[tuple[str, Measure, int | float | None], Tensor] = {
+                ("", "share", None): llm.sum(-1)
+            }
+            for scorer, vision in scores.items():
+                for keep in self.keeps:
+                    shared = overlap(vision[:, None], llm, keep, real)
+                    measured[scorer, "overlap", keep] = shared
+                related = rank_correlation(vision[:, None], llm, real)
+                measured[scorer, "correlation", None] = related
+            for (scorer, measure, budget), values in measured.items():
+                key = scorer, measure, queries, budget
+                self.values.setdefault(key, []).append(values.masked_fill(nobody, math.nan))
+
+
+@torch.inference_mode()
+def _answer(model: PreTrainedModel, inputs: Any, max_new_tokens: int, told: _Told) -> None:
+    """Generate answers to one batch, and compare."""
+    stages, looks = _look(told.given)
+    rows, length = inputs["input_ids"].shape
+    with attach(model, *stages), watch(model) as attended:
+        # One more: the last token is generated, but asks nothing.
+        output = model.generate(
+            **inputs, max_new_tokens=max_new_tokens + 1, do_sample=False, num_beams=1
+        )
+        places, steps = attended.places.cpu(), attended.steps.cpu()
+    if places.shape[0] != rows or any(len(look.seen) != 1 for look in looks):
+        raise UnsupportedError(
+            f"scores and attention can be compared for one picture in each prompt, but {rows} "
+            f"prompts have {places.shape[0]} pictures"
+        )
+    ends = _ends(model)
+    answers = _lengths(output[:, length:].cpu(), ends, max_new_tokens)
+    order = _by_place(places, places >= 0)
+    mask = (places >= 0).gather(1, order)
+    scores: dict[str, Tensor] = {}
+    for look in looks:
+        tokens, found = look.seen[0]
+        seen, real = tokens.positions.cpu(), tokens.mask.cpu()
+        same = _by_place(seen, real)
+        if not torch.equal(seen.masked_fill(~real, -1).gather(1, same), places.gather(1, order)):
+            raise UnsupportedError(
+                f"the adapter of {type(model).__name__} tells what other patches got than those "
+                "which it shows to scorers"
+            )
+        scores.update({label: each.cpu().gather(1, same) for label, each in found.items()})
+    steps = steps.gather(3, order[None, :, None].expand(*steps.shape[:3], -1))
+    told.add(
+        {each.label: scores[each.label] for each in told.given},
+        {"output": output_attention(steps, answers), "last": steps[0]},
+        mask,
+    )
+    told.tokens += mask.sum(1).tolist()
+    told.answers += answers
+
+
+def output_attention(steps: Tensor, answers: Sequence[int]) -> Tensor:
+    """The mean attention of the output tokens, `(images, layers, tokens)`: equation 4.
+
+    Args:
+        steps: `(steps, images, layers, tokens)`, see `tokenprune.Attended.steps`.
+        answers: for each image, how many tokens its answer has, its end apart.
+
+    Returns:
+        NaN for an answer without tokens.
+    """
+    if steps.shape[1] != len(answers) or max(answers, default=0) >= max(steps.shape[0], 1):
+        raise ShapeError(
+            f"steps must have axes (steps images layers tokens) with {len(answers)} images and "
+            f"more than {max(answers, default=0)} steps, got {tuple(steps.shape)}"
+        )
+    return torch.stack([steps[1 : 1 + count, n].mean(0) for n, count in enumerate(answers)])
+
+
+def _by_place(places: Tensor, mask: Tensor) -> Tensor:
+    """`(images, tokens)` int64 order of tokens by their place, padding last."""
+    return places.masked_fill(~mask, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
+
+
+def _ends(model: PreTrainedModel) -> list[int]:
+    """Ids that end a text."""
+    config: Any = model.generation_config
+    ends = config.eos_token_id
+    return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [int(ends)]
+
+
+def _lengths(text: Tensor, ends: Sequence[int], most: int) -> list[int]:
+    """How many tokens come before the first end, of `(questions, tokens)` ids."""
+    ended = torch.isin(text, torch.tensor(ends, dtype=text.dtype))
+    lengths: list[int] = (ended.cumsum(1) == 0).sum(1).clamp(max=most).tolist()
+    return lengths
+
+
+def _result(
+    model: PreTrainedModel, samples: Sequence[Sample], told: _Told, name: str, data: str
+) -> Consistency:
+    import transformers
+
+    from .. import __version__
+
+    groups = [sample.group or sample.id for sample in samples]
+    curves = []
+    for (scorer, measure, queries, keep), parts in told.values.items():
+        values = torch.cat(parts)
+        layers = tuple(_mean(column, groups) for column in values.unbind(1))
+        curves.append(
+            Curve(scorer, measure, queries, keep, layers, _mean(values.nanmean(1), groups))
+        )
+    return Consistency(
+        model=name or type(model).__name__,
+        data={"name": data, "questions": len(samples), "pictures": len(set(groups))},
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        tokens=sum(told.tokens) / len(told.tokens),
+        answer=sum(told.answers) / len(told.answers),
+        scorers=tuple(each.label for each in told.given),
+        keeps=told.keeps,
+        versions={
+            "tokenprune": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        curves=tuple(curves),
+    )
+
+
+def _mean(values: Tensor, groups: Sequence[str]) -> Mean:
+    """Over the questions for which there is a value."""
+    known = [(v, g) for v, g in zip(values.tolist(), groups, strict=True) if not math.isnan(v)]
+    if not known:
+        return Mean(math.nan, math.nan, 0)
+    return mean([value for value, _ in known], [group for _, group in known])
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value
