@@ -211,3 +211,42 @@ def tune_command(
             *(batch, max_new_tokens, device, dtype),
         )
     )
+
+
+@app.command("analyze")
+def analyze_command(
+    model: Annotated[
+        str, typer.Option(help="pocket, folder of a checkpoint, or a name on the hub.")
+    ] = "pocket",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Pictures and questions: JSON lines or a folder; no answers needed."),
+    ] = None,
+    prune: Annotated[
+        list[str] | None,
+        typer.Option(help="A scorer to compare; can be given often [[CLS] ensembles, K = 1 to 5]."),
+    ] = None,
+    keep: Annotated[
+        str, typer.Option(help="Budgets of the overlap: 0.25,0.125 (fractions) or 128,64 (tokens).")
+    ] = "0.25,0.125",
+    questions: Annotated[int | None, typer.Option(min=1, help="Only the first ones.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for analyze.json and plots.")] = Path(
+        "tokenprune-analyze"
+    ),
+    batch: Annotated[int, typer.Option(min=1, help="Questions in one generate.")] = 10,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer [16; pocket: 1].")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; the GPU if there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...; as stored.")] = "auto",
+) -> None:
+    """Compare scores with what the LLM attends to, layer by layer."""
+    from .analyze import Request, run_analyze
+
+    prunes = tuple(prune or ())
+    run_analyze(
+        Request(
+            *(model, data, prunes, keep, questions, out),
+            *(batch, max_new_tokens, device, dtype),
+        )
+    )

@@ -1,0 +1,103 @@
+"""`tokenprune analyze`: do scores agree with what the LLM attends to, layer by layer?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..analysis.layers import Consistency, Queries, consistency, scorer_of
+from ..analysis.plots import plot
+from ..bench.scoring import Mean
+from .bench import budgets, longest, model_named, questions
+from .console import console, table
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was typed; the options of `tokenprune analyze`, in their order."""
+
+    model: str
+    data: Path | None
+    prune: tuple[str, ...]
+    keep: str
+    questions: int | None
+    out: Path
+    batch: int
+    max_new_tokens: int | None
+    device: str
+    dtype: str
+
+
+def run_analyze(request: Request) -> Consistency:
+    """Ask, compare, show a table, and write `analyze.json` and plots."""
+    for spec in request.prune:
+        scorer_of(spec)  # what cannot work is said before gigabytes are loaded
+    keeps = budgets(request.keep)
+    samples = questions(request.model, request.data, full=False, count=request.questions)
+    loaded = model_named(request.model, request.device, request.dtype)
+    out = console()
+    columns = (TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True) as bars:
+        bar = bars.add_task("asking", total=len(samples))
+        result = consistency(
+            loaded.model,
+            loaded.processor,
+            samples,
+            request.prune or None,
+            keeps,
+            name=request.model,
+            data=str(request.data or "Pocket-VQA"),
+            batch=request.batch,
+            max_new_tokens=longest(request.model, request.max_new_tokens),
+            progress=lambda done: bars.advance(bar, done),
+        )
+    result.write(request.out)
+    plots = plot(result, request.out)
+    for queries, heading in HEADINGS.items():
+        out.print(_table(result, queries, heading), "")
+    out.print(_explained(result), style="dim")
+    names = ", ".join(["analyze.json", *(path.name for path in plots)])
+    out.print(f"wrote {names} in {request.out}", markup=False, soft_wrap=True)
+    return result
+
+
+HEADINGS: dict[Queries, str] = {
+    "output": "agreement with what output tokens attend to",
+    "last": "agreement with what the last token of the prompt attends to",
+}
+
+
+def _table(result: Consistency, queries: Queries, heading: str) -> Table:
+    """Scorers down; overlaps and correlation, mean over layers, across."""
+    overlaps = [
+        f"overlap at {keep if isinstance(keep, int) else f'{keep:.3g}'}" for keep in result.keeps
+    ]
+    shown = table(heading, *(f"{name}, %" for name in overlaps), "rank correlation", "best layer")
+    for scorer in result.scorers:
+        cells = [
+            _percent(result.curve(scorer, "overlap", queries, keep).mean) for keep in result.keeps
+        ]
+        related = result.curve(scorer, "correlation", queries)
+        cells.append(f"{related.mean.value:+.3f} ± {related.mean.error:.3f}")
+        layers = [each.value for each in related.layers]
+        best = max(range(len(layers)), key=lambda n: layers[n])
+        cells.append(f"{layers[best]:+.2f} in {best + 1}")
+        shown.add_row(scorer, *cells, style="dim" if scorer == "random" else None)
+    return shown
+
+
+def _percent(mean: Mean) -> str:
+    return f"{100 * mean.value:.1f} ± {100 * mean.error:.1f}"
+
+
+def _explained(result: Consistency) -> str:
+    return (
+        f"{result.data['questions']} questions about {result.data['pictures']} pictures, answers "
+        f"of {result.answer:.3g} tokens, pictures of {result.tokens:.0f}; mean over layers of the "
+        "LLM ± standard error, clustered by picture. Overlap: tokens that both would keep; rank "
+        "correlation: Spearman's. Output tokens: VTC-CLS, equation 4; the last token of the prompt "
+        "is the one from which the first of them is generated."
+    )
