@@ -133,6 +133,47 @@ def demo_command(
     demo(out, seed, runs)
 
 
+@app.command("picture")
+def picture_command(
+    model: Annotated[
+        str, typer.Option(help="pocket, folder of a checkpoint, or a name on the hub.")
+    ] = "pocket",
+    image: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="The picture; one is drawn if not given."),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to ask about it; some methods look at it, too.")
+    ] = None,
+    prune: Annotated[
+        list[str] | None, typer.Option(help="A method to draw; can be given often.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where to write it: .png, .jpg or .webp.")] = Path(
+        "tokenprune.png"
+    ),
+    heat: Annotated[
+        bool, typer.Option("--heat", help="Scores, and [CLS] attention by layer, as heat maps.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Which picture to draw.")] = 0,
+    size: Annotated[int, typer.Option(min=1, help="Least pixels a side of each panel.")] = 256,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer [16; pocket: 1].")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; the GPU if there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...; as stored.")] = "auto",
+) -> None:
+    """Draw what methods keep and merge of a picture, side by side."""
+    from .picture import Request, run_picture
+
+    prunes = tuple(prune or ())
+    run_picture(
+        Request(
+            *(model, image, prompt, prunes, out, heat, seed, size),
+            *(max_new_tokens, device, dtype),
+        )
+    )
+
+
 @app.command("bench")
 def bench_command(
     model: Annotated[

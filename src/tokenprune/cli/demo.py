@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from rich.table import Table
 
-from ..analysis.overlay import magnify, overlay, picture_of, side_by_side
+from ..analysis.canvas import magnify, picture_of, times
+from ..analysis.overlay import overlay
+from ..analysis.sheet import side_by_side
 from ..plan import Plan
 from .answer import Answer, answer
 from .console import console, milliseconds, size, table
+from .drawing import write_picture
 from .loading import CommandError, Loaded, quiet
-from .run import write_picture
 from .timing import Timing, explained, measure
 
 if TYPE_CHECKING:
@@ -113,7 +115,7 @@ def _sheet(seen: Image.Image, plans: dict[str, Plan], grid: tuple[int, int]) -> 
     """The picture, then what is left of it at every budget."""
     shown = {f"all {grid[0] * grid[1]} visual tokens": magnify(seen, 256)}
     for title, plan in plans.items():
-        shown[title] = magnify(overlay(seen, plan, grid), 256)
+        shown[title] = overlay(seen, plan, grid, scale=times(seen, 256))
     return side_by_side(shown)
 
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
 from rich.table import Table
-from torch import Tensor
 
-from ..analysis.overlay import magnify, overlay, overlay_crops, picture_of
-from ..errors import UnsupportedError
 from ..report import Report
 from ..spec import parse_schedule, spec_of
-from ..strategy import Reduction
 from .answer import Answer, answer
 from .console import console, milliseconds, size, table
-from .loading import CommandError, Loaded, load, open_picture
+from .drawing import Seen, check_writable, write_picture
+from .loading import CommandError, load, open_picture
 from .timing import Timing, explained, measure
+
+SIDE = 384
+"""Pixels that the shorter side of an overlay has at least."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,8 @@ def run(request: Request) -> None:
     if request.overlay is not None:
         reduction = answers[-1].reduction
         assert reduction is not None
-        write_picture(draw_overlay(loaded, inputs, reduction), request.overlay)
+        seen = Seen.of(loaded, inputs)
+        write_picture(seen.reduced(reduction, seen.scale(SIDE)), request.overlay)
         out.print(f"overlay        {request.overlay}", markup=False, soft_wrap=True)
 
 
@@ -102,47 +101,3 @@ def kv_cache(report: Report) -> tuple[str, str]:
     if not report.kv_bytes_vanilla:  # nothing was dropped, so nothing was noted
         return "-", "unchanged"
     return size(report.kv_bytes_vanilla), size(report.kv_bytes)
-
-
-def draw_overlay(loaded: Loaded, inputs: Mapping[str, Tensor], reduction: Reduction) -> Image.Image:
-    """What the model saw of a picture, with discarded patches dark; tiles beside the base view.
-
-    Args:
-        loaded: whose processor made `inputs`.
-        inputs: of one picture: `pixel_values` `(1, 3, height, width)`, or of several crops
-            `(1, crops, 3, height, width)` with `image_sizes`.
-        reduction: what became of its visual tokens.
-    """
-    pixels, looks = inputs["pixel_values"], loaded.processor.image_processor
-    if pixels.ndim not in (4, 5) or (pixels.ndim == 5 and "image_sizes" not in inputs):
-        raise UnsupportedError(
-            "an overlay needs pixel_values with axes (batch 3 height width), or (batch crops 3 "
-            f"height width) with image_sizes, got {tuple(pixels.shape)}"
-        )
-    seen = [
-        picture_of(each, looks.image_mean, looks.image_std)
-        for each in (pixels if pixels.ndim == 4 else pixels[0])
-    ]
-    grid = loaded.grid(pixels)
-    if pixels.ndim == 4:
-        return magnify(overlay(seen[0], reduction.plan, grid))
-    tiles = loaded.tiles(inputs["image_sizes"][0])
-    assert reduction.places is not None
-    crops = seen[: 1 + tiles[0] * tiles[1]]
-    return magnify(overlay_crops(crops, reduction.plan, reduction.places[0], grid, tiles))
-
-
-def check_writable(path: Path) -> None:
-    """Refuse a file name whose ending is no picture format."""
-    known = Image.registered_extensions()
-    if known.get(path.suffix.lower()) not in Image.SAVE:
-        raise CommandError(f"cannot write a picture to {path}; name it .png, .jpg or .webp")
-
-
-def write_picture(picture: Image.Image, path: Path) -> None:
-    """Save `picture`; its folder is made where it does not exist."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-    except OSError as error:
-        raise CommandError(f"cannot write {path}: {error}") from error

@@ -1,0 +1,95 @@
+"""What became of every patch of a picture, crop by crop."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from ..errors import ShapeError
+from ..plan import Plan
+
+DROPPED = -1
+
+Slots = tuple[int | None, ...]
+"""For each patch of a crop the number of the kept token that it is part of; `DROPPED` where it was
+discarded, None where it never was a token (an any-resolution model cuts such padding away)."""
+
+
+@dataclass(frozen=True)
+class Fate:
+    """Where the patches of a picture went.
+
+    Attributes:
+        crops: one entry for each crop; a picture that is not cut has one.
+    """
+
+    crops: tuple[Slots, ...]
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        places: Tensor | None = None,
+        rows: Sequence[int] = (0,),
+        crops: int = 1,
+        patches: int | None = None,
+    ) -> Fate:
+        """Read from a plan.
+
+        Args:
+            plan: what was decided.
+            places: `(batch, tokens)` int64, the crop times patches plus patch of each slot, as in
+                `Reduction.places`; None where slots are the patches of one crop in raster order.
+            rows: the row of the plan that is the picture; where budgets are per crop, those of its
+                crops in order.
+            crops: of the picture.
+            patches: of a crop; None for as many as the plan has slots.
+
+        Raises:
+            ShapeError: rows, places or patches do not fit the plan.
+        """
+        batch, kept = plan.anchors.shape
+        patches = plan.tokens if patches is None else patches
+        if not all(0 <= row < batch for row in rows) or len(rows) not in (1, crops):
+            wanted = ", ".join(map(str, rows))
+            raise ShapeError(
+                f"row must be in [0, {batch}), one for a picture or for each of its {crops} crops, "
+                f"got {wanted or 'none'}"
+            )
+        if places is None:
+            places = plan.anchors.new_tensor(range(plan.tokens)).expand(batch, -1)
+        inside = patches * (crops if len(rows) == 1 else 1)
+        largest = int(places[list(rows)].max()) if places.numel() else 0
+        if tuple(places.shape) != (batch, plan.tokens) or largest >= inside:
+            raise ShapeError(
+                f"places must have axes (batch tokens) = {(batch, plan.tokens)} and be below "
+                f"{inside}, got {tuple(places.shape)} up to {largest}"
+            )
+        of_patch: list[int | None] = [None] * (patches * crops)
+        source = plan.source()
+        for number, row in enumerate(rows):
+            if plan.lengths[row] == 0 and len(rows) > 1:
+                continue  # a crop that is padding alone
+            first = number * patches
+            for slot, (place, goal) in enumerate(
+                zip(places[row].tolist(), source[row].tolist(), strict=True)
+            ):
+                # Padding of a row says that it is patch 0, which is a row's first slot if any.
+                if slot and not place:
+                    break
+                of_patch[first + place] = goal + number * kept if goal >= 0 else DROPPED
+        return cls(
+            tuple(tuple(of_patch[n * patches : (n + 1) * patches]) for n in range(crops)),
+        )
+
+    @cached_property
+    def groups(self) -> dict[int, int]:
+        """Kept tokens that several patches are part of, numbered from 1 in their order."""
+        members = Counter(slot for crop in self.crops for slot in crop if slot is not None)
+        del members[DROPPED]
+        merged = sorted(slot for slot, count in members.items() if count > 1)
+        return {slot: number for number, slot in enumerate(merged, start=1)}

@@ -1,0 +1,229 @@
+"""`tokenprune picture`: what several methods keep of a picture, or how they score it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..analysis.sheet import Panel, sheet, stacked
+from ..attach import attach
+from ..errors import AttachError, SpecError, UnsupportedError
+from ..placement import BeforeLLM
+from ..reducers import Evict
+from ..signals import ClsAttention, Signal, Signals
+from ..spec import parse_schedule, spec_of
+from ..strategy import Reduction, Scorer, Stage, Strategy
+from ..tokens import VisualTokens
+from .answer import Answer, answer
+from .bench import POCKET, longest, model_named
+from .console import console
+from .drawing import Seen, check_writable, write_picture
+from .loading import CommandError, Loaded, open_picture
+
+if TYPE_CHECKING:
+    from transformers import BatchFeature
+
+KEPT = ("vtc-cls(keep=0.22)", "random(keep=0.22)", "tome(keep=0.22)")
+SCORED = ("cls-attention", "received-attention(layers=1)", "similarity", "fastv @ after-layer(2)")
+"""What is drawn where nothing is asked for: of 64 patches, 14; with `--heat`, these scores."""
+
+QUESTION = "Describe this picture."
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was typed; the options of `tokenprune picture`, in their order."""
+
+    model: str
+    image: Path | None
+    prompt: str | None
+    prune: tuple[str, ...]
+    out: Path
+    heat: bool
+    seed: int
+    size: int
+    max_new_tokens: int | None
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Witness(Scorer):
+    """Keeps what it is shown, and finds everything equally important.
+
+    Attributes:
+        asked: the signal to keep.
+        shown: its answers, one for each pass.
+    """
+
+    asked: Signal
+    shown: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        return frozenset({self.asked})
+
+    def score(self, tokens: VisualTokens, signals: Signals) -> Tensor:
+        self.shown.append(signals[self.asked])
+        return torch.zeros(tokens.mask.shape, device=tokens.mask.device)
+
+
+def run_picture(request: Request) -> Image.Image:
+    """Ask once for each method, draw, and write."""
+    check_writable(request.out)
+    schedules: dict[str, tuple[Stage, ...]]
+    if request.heat:
+        schedules = {spec: (scoring(spec),) for spec in request.prune or SCORED}
+    else:
+        schedules = {spec: parse_schedule(spec) for spec in request.prune or KEPT}
+    loaded = model_named(request.model, request.device, request.dtype)
+    picture, question, truth = _asked(request)
+    inputs = loaded.inputs(picture, loaded.text(question))
+    seen = Seen.of(loaded, inputs)
+    scale = seen.scale(request.size)
+    longest_answer = longest(request.model, request.max_new_tokens)
+
+    said = {
+        spec: _answered(loaded, inputs, spec, stages, longest_answer)
+        for spec, stages in schedules.items()
+    }
+    out = console()
+    unchanged = Panel(seen.plain(scale), "what the model sees")
+    if request.heat:
+        scored = [_scored(seen, spec, said[spec], scale) for spec in schedules]
+        rows = {f"Scores; asked: {question}": [unchanged, *scored]}
+        by_layer = [_layer(seen, n, *each, scale) for n, each in _layers(loaded, inputs).items()]
+        if by_layer:
+            rows["[CLS] attention in the vision tower, mean over heads"] = by_layer
+        else:
+            out.print("this model has no [CLS] attention: no panels by layer", markup=False)
+    else:
+        vanilla = answer(loaded, inputs, None, longest_answer)
+        whole = f"{seen.patches * len(seen.crops)} patches\n{_says(vanilla, truth)}"
+        kept = [_kept(seen, spec, said[spec], truth, scale) for spec in schedules]
+        rows = {question: [replace(unchanged, caption=whole), *kept]}
+    drawn = stacked([sheet(panels, heading) for heading, panels in rows.items()])
+    write_picture(drawn, request.out, _described(rows))
+    for spec, stages in schedules.items():
+        out.print(f"{spec}: {'; '.join(map(spec_of, stages))}", markup=False, soft_wrap=True)
+    out.print(f"wrote {request.out}", markup=False, soft_wrap=True)
+    return drawn
+
+
+def _asked(request: Request) -> tuple[Image.Image, str, str | None]:
+    """The picture, what to ask about it, and the answer where it is known."""
+    if request.image is not None:
+        return open_picture(request.image), request.prompt or QUESTION, None
+    try:
+        from tokenprune_adapters import pocket
+    except ImportError as error:
+        raise CommandError(
+            f"drawing a picture needs the extra hf: pip install 'tokenprune-vlm[hf,cli]' ({error})"
+        ) from error
+    scene = pocket.draw(request.seed)
+    if request.prompt is not None:
+        return scene.picture, request.prompt, None
+    if request.model != POCKET:
+        return scene.picture, QUESTION, None
+    question = pocket.questions(scene)[0]
+    return scene.picture, question.text, question.answer
+
+
+def _answered(
+    loaded: Loaded, inputs: BatchFeature, spec: str, stages: tuple[Stage, ...], tokens: int
+) -> Answer:
+    try:
+        return answer(loaded, inputs, "; ".join(map(spec_of, stages)), tokens)
+    except AttachError as error:
+        raise CommandError(
+            f"{spec!r} reduced nothing that could be drawn; does this model have such layers?"
+        ) from error
+
+
+def _described(rows: Mapping[str, Sequence[Panel]]) -> str:
+    """A picture in words, for those who cannot see it."""
+    lines = (
+        f"{heading}: {'; '.join(' '.join(f'{p.title} {p.caption}'.split()) for p in panels)}."
+        for heading, panels in rows.items()
+    )
+    return " ".join(lines)
+
+
+def _says(given: Answer, truth: str | None) -> str:
+    mark = "" if truth is None else " (right)" if given.text == truth else f" (wrong: {truth})"
+    text = " ".join(given.text.split())
+    return f"answer: {text if len(text) < 90 else text[:87] + '...'}{mark}"
+
+
+def _kept(seen: Seen, spec: str, given: Answer, truth: str | None, scale: int) -> Panel:
+    """What one method left of the picture."""
+    reduction, report = given.reduction, given.report
+    assert reduction is not None
+    assert report is not None
+    before, after = (
+        sum(getattr(one, when) for one in report.images) for when in ("before", "after")
+    )
+    counts = f"{after} of {before} visual tokens"
+    if len(parse_schedule(spec)) > 1:
+        # The last of several stages does not know what the others discarded.
+        (places,) = report.kept
+        drawn = seen.kept(places, scale)
+    else:
+        drawn = seen.reduced(reduction, scale)
+        groups = len(seen.fate(reduction).groups)
+        counts += f", {groups} of them merged" if groups else ""
+    return Panel(drawn, spec, f"{counts}\n{_says(given, truth)}")
+
+
+def scoring(spec: str) -> Stage:
+    """The stage of `spec`, which may be a scorer alone; it reduces, but only scores are drawn.
+
+    >>> spec_of(scoring("fastv @ after-layer(2)"))
+    'fastv | evict(0.5) @ after-layer(2)'
+    """
+    scorer, at, place = spec.partition("@")
+    try:
+        stages = parse_schedule(spec)
+    except SpecError:
+        stages = parse_schedule(f"{scorer} | evict(0.5) {at} {place}")
+    if len(stages) > 1 or not isinstance(stages[0].strategy.steps[0], Scorer):
+        raise CommandError(
+            f"{spec!r} does not start with a scorer, so it has no scores to draw; write e.g. "
+            "cls-attention"
+        )
+    return stages[0]
+
+
+def _scored(seen: Seen, spec: str, given: Answer, scale: int) -> Panel:
+    """The scores of one method's scorer."""
+    reduction = given.reduction
+    assert reduction is not None
+    assert reduction.scores is not None
+    return Panel(seen.heat(reduction.scores, reduction, scale), spec)
+
+
+def _layers(loaded: Loaded, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Reduction]]:
+    """[CLS] attention, mean over heads, of each vision layer up to the one that gives features."""
+    from tokenprune_adapters.models.parts import feature_layer
+
+    config = loaded.model.config
+    last = feature_layer(config) % config.vision_config.num_hidden_layers
+    witness = _Witness(ClsAttention(tuple(range(last + 1))))
+    stage = Strategy(witness, Evict(1.0)).at(BeforeLLM())
+    try:
+        with attach(loaded.model, stage) as attached, torch.inference_mode():
+            loaded.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    except UnsupportedError:
+        return {}
+    rows = witness.shown[0].float().mean(2)
+    return {layer: (rows[:, layer], attached.last) for layer in range(last + 1)}
+
+
+def _layer(seen: Seen, number: int, scores: Tensor, reduction: Reduction, scale: int) -> Panel:
+    return Panel(seen.heat(scores, reduction, scale), f"layer {number}")
