@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune import (
+    Attended,
     BeforeLLM,
     ClsAttention,
     ModelAdapter,
@@ -28,7 +30,7 @@ from tokenprune import (
 )
 from tokenprune.signals import resolve_layers
 
-from .model import Attention, Cache, PocketVLM, Vision
+from .model import IMAGE, Attention, Cache, PocketVLM, Vision
 
 
 # --8<-- [start:tower]
@@ -114,6 +116,16 @@ class PocketAdapter(ModelAdapter):
         yield model.decoder.register_forward_pre_hook(shorten.before, with_kwargs=True)
         # --8<-- [end:model]
 
+    # --8<-- [start:watch]
+    def watch(self, model: nn.Module, attended: Attended) -> Iterator[Removable]:
+        assert isinstance(model, PocketVLM)
+        reading = Reading(model, attended)
+        yield model.register_forward_pre_hook(reading.begin, with_kwargs=True)
+        for block in model.decoder.blocks:
+            yield block.attention.register_forward_hook(reading.row)
+        yield model.register_forward_hook(reading.end)
+        # --8<-- [end:watch]
+
 
 # --8<-- [start:reduce]
 class Reduce:
@@ -186,3 +198,40 @@ class Shorten:
         embeds = embeds[torch.arange(len(order))[:, None], order]
         return (embeds.masked_fill(~kept[:, :, None], 0),), kwargs
         # --8<-- [end:shorten]
+
+
+# --8<-- [start:reading]
+class Reading:
+    """Hooks that compute one row of attention for each prompt and layer, beside the model's own."""
+
+    def __init__(self, model: PocketVLM, attended: Attended) -> None:
+        self.model, self.attended = model, attended
+        self.where: Tensor | None = None  # (images, tokens, 2): row and column of visual tokens
+        self.rows: list[Tensor] = []
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(self.model.forward).bind(*args, **kwargs).arguments
+        self.rows = []
+        if given.get("pixels") is not None:
+            tokens = self.model.config.visual_tokens
+            self.where = (given["ids"] == IMAGE).nonzero().reshape(-1, tokens, 2)
+            self.attended.begin(torch.arange(tokens).expand(len(self.where), -1))
+        elif given.get("cache") is None:  # other prompts, without pictures
+            self.where = None
+            self.attended.forget()
+
+    @torch.no_grad()
+    def row(self, module: Attention, args: tuple[Any, ...], output: object) -> None:
+        x, visible, cache, layer = args
+        if self.where is None:
+            return
+        query, keys = module.split(module.query(x[:, -1:])).float(), cache.keys[layer].float()
+        logits = query @ keys.mT / keys.shape[-1] ** 0.5
+        row = logits.masked_fill(~visible[:, :, -1:], -torch.inf).softmax(-1)[:, :, 0]
+        prompt, column = self.where[:, 0, 0], self.where[:, None, :, 1]
+        self.rows.append(row[prompt].gather(2, column.expand(-1, row.shape[1], -1)))
+
+    def end(self, model: nn.Module, args: object, output: object) -> None:
+        if self.where is not None:
+            self.attended.step(torch.stack(self.rows, dim=1))
+            # --8<-- [end:reading]
