@@ -109,7 +109,7 @@ class Model(Pruned, Loads):
         ({"prune": 0.5}, "prune must be a spec, got 0.5"),
         ({"prune": "vtc-clz"}, "UnknownNameError: unknown strategy 'vtc-clz'"),
         ({"prune": "evict(0)"}, "evict"),
-        ({"prune": "vtc-cls", "batch_size": "8"}, "Loads answers one prompt at a time, got batch_"),
+        ({"prune": "vtc-cls", "batch_size": "8"}, "Model answers one prompt at a time, as "),
         ({"prune": "vtc-cls", "batch_size": "auto"}, "got batch_size auto"),
     ],
 )

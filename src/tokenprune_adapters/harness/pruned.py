@@ -56,9 +56,10 @@ class Pruned:
             stages = _stages(prune)  # before minutes of loading
             if str(kwargs.get("batch_size", 1)) != "1":
                 raise UnsupportedError(
-                    f"lmms-eval's {type(self).__mro__[2].__name__} answers one prompt at a time, "
-                    f"got batch_size {kwargs['batch_size']}; leave it out, or use --batch_size 1"
+                    f"{type(self).__name__} answers one prompt at a time, as lmms-eval's own model "
+                    f"does, got batch_size {kwargs['batch_size']}; leave it out, or use 1"
                 )
+            kwargs.setdefault("device_map", self._device_map(str(kwargs.get("device", "cuda"))))
             super().__init__(*args, **kwargs)
             self._attachment = tokenprune.attach(self.model, *stages)
             self._guard = next(iter(wrap_method(self.model, "generate", self._generating)))
@@ -99,6 +100,11 @@ class Pruned:
         self._attachment.detach()
         self._guard.remove()
         super().clean()  # type: ignore[misc]
+
+    @staticmethod
+    def _device_map(device: str) -> str:
+        """What the class after this one wants as its device_map, where nobody said."""
+        raise NotImplementedError
 
     def _generating(self, call: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
         with fatal("generate"):  # here, because lmms-eval's models make "" of exceptions

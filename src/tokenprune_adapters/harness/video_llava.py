@@ -9,3 +9,8 @@ from .pruned import Pruned
 
 class VideoLlavaTokenprune(Pruned, VideoLLaVA):  # type: ignore[misc]
     """``lmms-eval --model video_llava_tokenprune``."""
+
+    @staticmethod
+    def _device_map(device: str) -> str:
+        """With "auto", it stays on the CPU; with anything else, it goes to a GPU."""
+        return "auto" if device.startswith("cpu") else device

@@ -1,0 +1,9 @@
+"""What lmms-eval shows the model of a row of the data."""
+
+
+def pictures(row):
+    return [row["picture"].convert("RGB")]
+
+
+def films(row):
+    return [row["film"]]
