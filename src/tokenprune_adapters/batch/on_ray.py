@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tokenprune.errors import TokenpruneError
-
 from .answerer import Answerer, Columns
 from .errors import WorkerError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+# Of a block whose actor died. Ray Data's own choice is "for ever", which with a picture that kills
+# whoever opens it is just that.
+RETRIES = 4
 SPARE = 2  # logical CPUs beside the actors', without which Ray Data may wait for ever
 
 
@@ -61,6 +62,7 @@ class OnRay:
                 compute=ray.data.ActorPoolStrategy(size=self.workers),
                 batch_size=self.batch,
                 num_gpus=self._gpus(answerer.device),
+                max_task_retries=RETRIES,
             )
             for block in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
                 yield block.to_pydict()
@@ -76,7 +78,7 @@ class OnRay:
         cpus = None
         if self.address == "local":
             cpus = max(os.cpu_count() or 1, self.workers + SPARE)
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # it advises to show its bars
         try:
             ray.init(self.address, num_cpus=cpus, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -101,13 +103,7 @@ class OnRay:
         return 1 if wants and ray.cluster_resources().get("GPU", 0) else None
 
 
-def _plain(error: Exception) -> Exception:
-    """What was raised in a worker, if that was one of ours; else what Ray says, in a line."""
-    cause: BaseException | None = error
-    while cause is not None:
-        inner = getattr(cause, "cause", None)
-        if isinstance(inner, TokenpruneError):
-            return type(inner)(*inner.args)
-        cause = inner if isinstance(inner, BaseException) else cause.__cause__
-    last = str(error).strip().rpartition("\n")[2]
-    return WorkerError(f"Ray gave up ({type(error).__name__}): {last}")
+def _plain(error: Exception) -> WorkerError:
+    """What was raised in a worker, in a line. Ray sends it as text, below a traceback."""
+    first = str(error).partition("\n\nThe above exception was the direct cause")[0].strip()
+    return WorkerError(f"work on Ray failed: {first.splitlines()[-1].strip()}")

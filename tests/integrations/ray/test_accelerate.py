@@ -1,0 +1,44 @@
+"""accelerate on one machine: the documented script under torchrun, in two gloo processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from support.batch import SPEC
+from support.markdown import ROOT
+from tokenprune_adapters import pocket
+from tokenprune_adapters.batch import Answerer
+
+COUNT = 17  # does not divide
+PROMPT = "how many objects are there ?"
+
+
+def test_split_between_processes(tmp_path: Path) -> None:
+    folder, output = tmp_path / "pictures", tmp_path / "answers.jsonl"
+    folder.mkdir()
+    for number in range(COUNT):
+        pocket.draw(number).picture.save(folder / f"{number:02}.png")
+    (folder / "05.png").write_text("no picture")
+    script = ROOT / "docs" / "examples" / "split_between_processes.py"
+    typed = ["--model", pocket.CHECKPOINT, "--prune", SPEC, "--prompt", PROMPT]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*run, script, folder, output, *typed, "--max-new-tokens", "1", "--cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    answerer = Answerer(str(pocket.CHECKPOINT), SPEC, PROMPT, 1, root=str(folder))
+    names: list[object] = [f"{number:02}.png" for number in range(COUNT)]
+    alone = [answerer({"image": [name]}) for name in names]
+    assert [row["process"] for row in rows] == [0] * 9 + [1] * 8  # both did their share
+    assert [row["image"] for row in rows] == names
+    assert [row["answer"] for row in rows] == [one["answer"][0] for one in alone]
+    assert [bool(row["error"]) for row in rows] == [number == 5 for number in range(COUNT)]
+    assert len({row["answer"] for row in rows}) > 2
