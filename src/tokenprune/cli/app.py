@@ -291,3 +291,15 @@ def analyze_command(
             *(batch, max_new_tokens, device, dtype),
         )
     )
+
+
+@app.command("report")
+def report_command(
+    folder: Annotated[
+        Path, typer.Argument(help="What bench, analyze or picture wrote into.", show_default=False)
+    ],
+) -> None:
+    """Put everything in a folder on one HTML page, report.html, that needs no network."""
+    from .page import run_report
+
+    run_report(folder)
