@@ -65,7 +65,7 @@ matrix-%: .venv-%/.ready
 	$(SINGLE) .venv-$*/bin/python -m pytest -n $(JOBS) -p no:cacheprovider tests/adapters
 
 # Integrations with large installs, laid over .venv in the same way.
-EXTRAS-ray := "ray[data]>=2.44"
+EXTRAS-ray := "ray[data]>=2.50,<2.64"
 EXTRAS-eval := "lmms-eval[video-legacy]>=0.7.3,<0.8"
 test-%: .venv-%/.ready
 	$(SINGLE) .venv-$*/bin/python -m pytest -p no:cacheprovider tests/integrations/$*

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,11 +15,12 @@ from .errors import WorkerError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import ray.data
 
 # Of a block whose actor died. Ray Data's own choice is "for ever", which with a picture that kills
 # whoever opens it is just that.
 RETRIES = 4
-SPARE = 2  # logical CPUs beside the actors', without which Ray Data may wait for ever
+SPARE = 2  # logical CPUs of a new cluster beside the actors'
 
 
 @dataclass(frozen=True)
@@ -50,20 +52,11 @@ class OnRay:
             self._connect()
         try:
             self._check()
-            context = ray.data.DataContext.get_current()
-            context.enable_progress_bars = False  # whoever called us has one of their own
             # An actor takes a block at a time, so that all of them have some.
             share = math.ceil(len(rows) / (4 * self.workers * self.batch)) * self.batch
             size = max(self.batch, min(share, self.block))
             blocks = [rows.slice(start, size) for start in range(0, len(rows), size)]
-            answered = ray.data.from_arrow(blocks).map_batches(
-                Answerer,
-                fn_constructor_kwargs=answerer.settings,
-                compute=ray.data.ActorPoolStrategy(size=self.workers),
-                batch_size=self.batch,
-                num_gpus=self._gpus(answerer.device),
-                max_task_retries=RETRIES,
-            )
+            answered = self._map(ray.data.from_arrow(blocks), answerer)
             for block in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
                 yield block.to_pydict()
         except ray.exceptions.RayError as error:
@@ -72,13 +65,30 @@ class OnRay:
             if mine:
                 ray.shutdown()
 
+    def _map(self, rows: ray.data.Dataset, answerer: Answerer) -> ray.data.Dataset:
+        import ray
+
+        with warnings.catch_warnings():
+            # It is to go in Ray 2.64, and nothing else limits how often a block is tried.
+            warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+            return rows.map_batches(
+                Answerer,
+                fn_constructor_kwargs=answerer.settings,
+                compute=ray.data.ActorPoolStrategy(size=self.workers),
+                batch_size=self.batch,
+                num_gpus=self._gpus(answerer.device),
+                max_task_retries=RETRIES,
+            )
+
     def _connect(self) -> None:
         import ray
+        import ray.data
 
         cpus = None
         if self.address == "local":
             cpus = max(os.cpu_count() or 1, self.workers + SPARE)
-        logging.getLogger("ray.data").setLevel(logging.ERROR)  # it advises to show its bars
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # there is a bar already
+        ray.data.DataContext.get_current().enable_progress_bars = False
         try:
             ray.init(self.address, num_cpus=cpus, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -89,10 +99,10 @@ class OnRay:
         import ray
 
         cpus = int(ray.cluster_resources().get("CPU", 0))
-        if cpus < self.workers + 1:
+        if cpus < self.workers:  # the others would be waited for, for ever
             raise WorkerError(
-                f"Ray at {self.address!r} has {cpus} logical CPUs; {self.workers} workers need one "
-                f"each and Ray Data one more: take fewer --workers, or start Ray with --num-cpus"
+                f"Ray at {self.address!r} has {cpus} logical CPUs, and {self.workers} workers need "
+                "one each: take fewer --workers, or start Ray with more --num-cpus"
             )
 
     def _gpus(self, device: str) -> float | None:
