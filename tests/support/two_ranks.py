@@ -42,13 +42,18 @@ def _rank(rank: int, folder: str, specs: list[str]) -> None:
     )
     whole = read(specs, rank, RANKS, gather)
     alone = read(specs, rank, RANKS, lambda x, axis: torch.cat([x] * RANKS, axis))
-    kept = {
-        name: [parse(spec).strategy(*seen).plan.anchors for spec, seen in zip(specs, each)]
-        for name, each in (("whole", whole), ("alone", alone))
+    saved = {
+        "whole": _kept(specs, whole),
+        "alone": _kept(specs, alone),
+        "signals": [dict(signals) for _, signals in whole],
     }
-    signals = [dict(signals) for _, signals in whole]
-    torch.save({**kept, "signals": signals}, Path(folder) / f"{rank}.pt")
+    torch.save(saved, Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()
+
+
+def _kept(specs: list[str], seen: list[tuple[VisualTokens, Signals]]) -> list[Tensor]:
+    strategies = [parse(spec).strategy for spec in specs]
+    return [each(*read).plan.anchors for each, read in zip(strategies, seen, strict=True)]
 
 
 def run(folder: Path, specs: list[str]) -> list[dict[str, Any]]:
