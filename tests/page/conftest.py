@@ -67,16 +67,25 @@ def curve(scorer: str, measure: str, queries: str, keep: float | None, value: fl
     one = {"value": value, "error": 0.01, "questions": 20}
     layers = [one, {**one, "value": value + 0.1}]
     return {
-        "scorer": scorer, "measure": measure, "queries": queries, "keep": keep,
-        "layers": layers, "mean": one,
+        "scorer": scorer,
+        "measure": measure,
+        "queries": queries,
+        "keep": keep,
+        "layers": layers,
+        "mean": one,
     }
 
 
 ANALYSIS = {
     "format": 1,
-    "model": "pocket", "data": {"name": "Pocket-VQA", "questions": 20, "pictures": 5},
-    "device": "cpu", "dtype": "float32", "tokens": 64.0, "answer": 1.0,
-    "scorers": ["cls-attention", "random"], "keeps": [14],
+    "model": "pocket",
+    "data": {"name": "Pocket-VQA", "questions": 20, "pictures": 5},
+    "device": "cpu",
+    "dtype": "float32",
+    "tokens": 64.0,
+    "answer": 1.0,
+    "scorers": ["cls-attention", "random"],
+    "keeps": [14],
     "versions": {"tokenprune": "0.1", "torch": "2.6", "transformers": "5.4"},
     "curves": [
         curve("cls-attention", "overlap", "output", 14, 0.456),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -14,8 +15,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from tokenprune.bench.result import Bench, Row
+from tokenprune.bench.scoring import Mean
 from tokenprune.cli.app import app
 from tokenprune.page import PageError, page_of, write_page
+from tokenprune.page.reading import read_bench
 
 VOID = {"img", "meta", "br", "hr", "link"}
 Fill = Callable[..., Path]
@@ -83,7 +87,7 @@ def page(filled: Fill, bench: dict[str, Any], analysis: dict[str, Any]) -> Reade
 
 def test_accuracy_by_budget(page: Reader) -> None:
     assert page.table("Accuracy in %, ±") == [
-        ["", "all 64 tokens", "25.0 %, 16 tokens", "12.5 %"],
+        ["method", "all 64 tokens", "25.0 %, 16 tokens", "12.5 %"],
         ["vanilla", "93.0 ± 1.2", "", ""],
         ["blind control", "30.0 ± 1.2", "", ""],
         ["vtc-cls", "", "80.0 ± 1.2✓", ""],
@@ -96,16 +100,28 @@ def test_accuracy_by_budget(page: Reader) -> None:
 
 def test_the_best_method_stands_beside_the_best_floor(page: Reader) -> None:
     assert page.table("The best method") == [
-        ["kept", "best method, %", "best floor, %", "beats every floor"],
-        ["25.0 %, 16 tokens", "vtc-cls: 80.0 ± 1.2", "pool: 64.0 ± 1.2", "yes"],
-        ["12.5 %", "inside: 71.0 ± 1.2", "random: 50.0 ± 1.2", "–"],
+        ["kept", "placement", "best method, %", "best floor, %", "beats every floor"],
+        ["25.0 %, 16 tokens", "before-llm", "vtc-cls: 80.0 ± 1.2", "pool: 64.0 ± 1.2", "yes"],
+        ["12.5 %", "before-llm", "inside: 71.0 ± 1.2", "random: 50.0 ± 1.2", "–"],
     ]
     assert "all 64 tokens: 93.0 ± 1.2 %" in page.text
 
 
+def test_floors_stand_beside_methods_of_their_placement(
+    filled: Fill, bench: dict[str, Any]
+) -> None:
+    for one in (bench["rows"][2], bench["rows"][4]):  # vtc-cls and random
+        one["spec"] = f"{one['label']} | evict(0.25) @ after-layer(2); x @ before-llm"
+    page = Reader(page_of(filled(bench=bench)))
+    assert page.table("The best method")[1:3] == [
+        ["25.0 %, 16 tokens", "after-layer(2)", "vtc-cls: 80.0 ± 1.2", "random: 61.0 ± 1.2", "yes"],
+        ["25.0 %, 16 tokens", "before-llm", "tome: 60.0 ± 1.2", "pool: 64.0 ± 1.2", "no"],
+    ]
+
+
 def test_types_of_question(page: Reader) -> None:
     table = page.table("Accuracy in % by type")
-    assert table[0] == ["", "kept", "colour (40)", "existence (80)", "F1 of existence"]
+    assert table[0] == ["method", "kept", "colour (40)", "existence (80)", "F1 of existence"]
     assert table[3] == ["vtc-cls", "16 of 64", "85.0 ± 2.0", "75.0", "79.0"]
     assert len(table) == 1 + 8
 
@@ -125,12 +141,12 @@ def test_every_spec_and_budget(page: Reader) -> None:
 def test_agreement_with_the_llm(page: Reader) -> None:
     table = page.table("Scores against what the output")
     assert table == [
-        ["", "overlap at 14, %", "rank correlation"],
+        ["scores", "overlap at 14, %", "rank correlation"],
         ["cls-attention", "45.6 ± 1.0", "+0.321 ± 0.010"],
         ["random", "22.0 ± 1.0", "-0.004 ± 0.010"],
     ]
     layers = page.table("Rank correlation with what the output")
-    assert layers[:2] == [["", "1", "2"], ["cls-attention", "+0.32", "+0.42"]]
+    assert layers[:2] == [["scores", "1", "2"], ["cls-attention", "+0.32", "+0.42"]]
     assert not any("last token" in caption for caption in page.tables)
 
 
@@ -261,3 +277,24 @@ def test_the_reader_refuses_tags_that_do_not_match() -> None:
     for wrong in ("<p><b>x</p>", "<p>", "</p>"):
         with pytest.raises((AssertionError, IndexError)):
             Reader(wrong)
+
+
+def test_what_a_bench_writes_is_read_again(tmp_path: Path) -> None:
+    mean = Mean(0.5, math.nan, 3)
+    numbers = dict.fromkeys(["kv_bytes", "kv_bytes_vanilla", "f1", "beats_floors"], None)
+    row = Row(
+        *("vanilla", None, "vanilla", 1.0, 0.5, 0.1, {"colour": mean}),
+        **numbers,
+        **dict.fromkeys(["agreement", "agreement_error"], 0.25),
+        **dict.fromkeys(["selector_ms", "first_token_ms", "total_ms"], 2.5),
+        tokens=((0, 64.0), (2, 8.5)),
+    )
+    data = {"name": "", "questions": 3, "pictures": 1}
+    bench = Bench("pocket", data, "cpu", "float32", 5, {"torch": "2"}, (row,), ())
+    bench.write(tmp_path)
+    again = read_bench(tmp_path / "bench.json")
+    assert math.isnan(again.rows[0].types["colour"].error)
+    # NaN is not equal to itself, so compare what is written of both.
+    again.write(tmp_path / "again")
+    written = [(folder / "bench.json").read_text() for folder in (tmp_path, tmp_path / "again")]
+    assert written[0] == written[1]

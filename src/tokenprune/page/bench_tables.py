@@ -66,33 +66,41 @@ def explained(bench: Bench) -> list[Html]:
 
 
 def _summary(bench: Bench) -> Iterator[Html]:
-    """Best of the methods and best of the floors at every budget."""
+    """Best of the methods and best of the floors at every budget and placement."""
     lines = []
+    places = dict.fromkeys(_place(one) for one in bench.rows if one.kind == "method")
     for keep in _keeps(bench):
-        rows = [one for one in bench.rows if one.keep == keep]
-        methods = [one for one in rows if one.kind == "method"]
-        floors = [one for one in rows if one.kind == "floor"]
-        if not methods or not floors:
-            continue
-        best, floor = (max(group, key=lambda one: one.accuracy) for group in (methods, floors))
-        verdict = {True: "yes", False: "no", None: NONE}[best.beats_floors]
-        lines.append(
-            row(
-                _share(bench, keep),
-                f"{best.label}: {with_error(best.accuracy, best.error)}",
-                f"{floor.label}: {with_error(floor.accuracy, floor.error)}",
-                _marked(verdict, best.beats_floors),
+        for place in places:
+            rows = [one for one in bench.rows if one.keep == keep and _place(one) == place]
+            methods = [one for one in rows if one.kind == "method"]
+            floors = [one for one in rows if one.kind == "floor"]
+            if not methods or not floors:
+                continue
+            best, floor = (max(group, key=lambda one: one.accuracy) for group in (methods, floors))
+            verdict = {True: "yes", False: "no", None: NONE}[best.beats_floors]
+            lines.append(
+                row(
+                    _share(bench, keep),
+                    tag("td", place, class_="left"),
+                    f"{best.label}: {with_error(best.accuracy, best.error)}",
+                    f"{floor.label}: {with_error(floor.accuracy, floor.error)}",
+                    _marked(verdict, best.beats_floors),
+                )
             )
-        )
     if lines:
         vanilla = bench.rows[0]
         yield table(
             f"The best method and the best floor at every budget; all {_whole(bench)} tokens: "
             f"{with_error(vanilla.accuracy, vanilla.error)} %",
-            ["kept", "best method, %", "best floor, %", "beats every floor"],
+            ["kept", "placement<", "best method, %", "best floor, %", "beats every floor"],
             lines,
             "The best of several is a little better than it would be on new questions.",
         )
+
+
+def _place(one: Row) -> str:
+    """Where it reduces first, as its spec says; floors stand beside methods of their place."""
+    return (one.spec or "").partition(";")[0].rpartition("@")[2].strip()
 
 
 def _by_budget(bench: Bench) -> Html:
@@ -109,7 +117,7 @@ def _by_budget(bench: Bench) -> Html:
         lines.append(row(_named(label, kind), *cells, kind=kind))
     return table(
         "Accuracy in %, ± standard error",
-        ["", f"all {_whole(bench)} tokens", *(_share(bench, keep) for keep in keeps)],
+        ["method", f"all {_whole(bench)} tokens", *(_share(bench, keep) for keep in keeps)],
         lines,
     )
 
@@ -118,7 +126,7 @@ def _by_type(bench: Bench) -> Html:
     types = list(bench.rows[0].types)
     f1 = any(one.f1 is not None for one in bench.rows)
     lines = []
-    for one in bench.rows:
+    for number, one in enumerate(bench.rows):
         cells = [
             bar(with_error(mean.value, mean.error), mean.value)
             if (mean := one.types.get(name)) is not None
@@ -127,11 +135,12 @@ def _by_type(bench: Bench) -> Html:
         ]
         if f1:
             cells.append(tag("td", percent(one.f1)))
-        lines.append(row(_named(one.label, one.kind), _kept(bench, one), *cells, kind=one.kind))
+        named, kept = _named(one.label, one.kind), _kept(bench, one)
+        lines.append(row(named, kept, *cells, kind=_kind(bench, number)))
     asked = [f"{name} ({bench.rows[0].types[name].questions})" for name in types]
     return table(
         "Accuracy in % by type of question, ± standard error",
-        ["", "kept", *asked, *(["F1 of existence"] if f1 else [])],
+        ["method", "kept", *asked, *(["F1 of existence"] if f1 else [])],
         lines,
         "In brackets: how many questions. F1: of yes among yes-or-no questions, as in POPE."
         if f1
@@ -147,20 +156,20 @@ def _accuracies(bench: Bench) -> Html:
             _accuracy(one),
             tag("td", with_error(one.agreement, one.agreement_error)),
             tag("td", tag("code", one.spec) if one.spec else "nothing attached", class_="spec"),
-            kind=one.kind,
+            kind=_kind(bench, number),
         )
-        for one in bench.rows
+        for number, one in enumerate(bench.rows)
     ]
     return table(
         "Exact specs, accuracy, and agreement with the unpruned model, in %",
-        ["", "kept", "accuracy", "agreement", "spec"],
+        ["method", "kept", "accuracy", "agreement", "spec<"],
         lines,
     )
 
 
 def _costs(bench: Bench) -> Html:
     lines = []
-    for one in bench.rows:
+    for number, one in enumerate(bench.rows):
         stored = size(one.kv_bytes)
         if one.kv_bytes and one.kv_bytes_vanilla:
             stored += f" ({percent(one.kv_bytes / one.kv_bytes_vanilla, 0)} %)"
@@ -172,12 +181,12 @@ def _costs(bench: Bench) -> Html:
                 milliseconds(one.selector_ms),
                 milliseconds(one.first_token_ms),
                 milliseconds(one.total_ms),
-                kind=one.kind,
+                kind=_kind(bench, number),
             )
         )
     return table(
         "Costs of a question; times in milliseconds",
-        ["", "visual tokens by LLM layer", "KV cache", "selector", "first token", "answer"],
+        ["method", "visual tokens by LLM layer<", "KV cache", "selector", "first token", "answer"],
         lines,
     )
 
@@ -200,6 +209,13 @@ def _named(label: str, kind: str) -> Html:
     if kind not in _KINDS:
         return join([label])
     return join([label, " ", tag("abbr", kind, title=_KINDS[kind], class_="kind")])
+
+
+def _kind(bench: Bench, number: int) -> str:
+    """Classes of a row; where another budget begins, there is a rule above it."""
+    one = bench.rows[number]
+    begins = number > 0 and bench.rows[number - 1].keep != one.keep
+    return f"{one.kind} begins" if begins else one.kind
 
 
 def _keeps(bench: Bench) -> Sequence[float]:

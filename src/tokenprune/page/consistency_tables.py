@@ -36,7 +36,7 @@ def _means(result: Consistency, curves: list[Curve], asking: str) -> Html:
     keeps = [f"overlap at {keep}, %" for keep in result.keeps]
     return table(
         f"Scores against {asking}: mean over layers ± standard error",
-        ["", *keeps, "rank correlation"],
+        ["scores", *keeps, "rank correlation"],
         lines,
     )
 
@@ -51,7 +51,7 @@ def _layers(result: Consistency, curves: list[Curve], asking: str) -> Html:
     ]
     return table(
         f"Rank correlation with {asking}, by layer of the LLM",
-        ["", *(str(number) for number in range(1, layers + 1))],
+        ["scores", *(str(number) for number in range(1, layers + 1))],
         lines,
     )
 

@@ -38,15 +38,20 @@ def table(caption: str, headings: Sequence[str], rows: Iterable[Html], note: str
 
     Args:
         caption: says what is in it.
-        headings: of the columns.
+        headings: of the columns; one that ends with "<" is that of words, not of numbers.
         rows: made by `row`.
         note: stands below it.
     """
-    head = tag("tr", *(tag("th", heading, scope="col") for heading in headings))
+    head = tag("tr", *(_heading(heading) for heading in headings))
     body = tag("tbody", join(list(rows), "\n"))
     whole = tag("table", tag("caption", caption), tag("thead", head), body)
     scroll = tag("div", whole, class_="scroll", role="region", tabindex="0", aria_label=caption)
     return join([scroll, tag("p", note, class_="note")] if note else [scroll])
+
+
+def _heading(text: str) -> Html:
+    words = text.endswith("<")
+    return tag("th", text.rstrip("<"), scope="col", class_="left" if words else None)
 
 
 def row(first: str, *cells: str, kind: str = "") -> Html:
