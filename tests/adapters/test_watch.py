@@ -16,6 +16,7 @@ from adapters.conftest import leftovers
 from support import llava, llava_next, video_llava
 from tokenprune import Attended, UnsupportedError
 from tokenprune.errors import AttachError, MissingSignalError, ShapeError
+from tokenprune_adapters.versions import VERSION
 
 STEPS = 4
 
@@ -28,9 +29,6 @@ class Family:
     prompts: Callable[[], list[Any]]
     collate: Callable[[list[Any]], dict[str, Tensor]]
     places: Callable[[Any], list[list[int]]]
-
-    def __repr__(self) -> str:
-        return self.build.__name__
 
 
 def _of_next(prompt: Any) -> list[list[int]]:
@@ -61,7 +59,12 @@ LLAVA = Family(
 )
 NEXT = Family(llava_next.tiny_llava_next, llava_next.prompts, llava_next.collate, _of_next)
 VIDEO = Family(video_llava.tiny_video_llava, video_llava.prompts, video_llava.collate, _of_video)
-FAMILIES = pytest.mark.parametrize("family", [LLAVA, NEXT, VIDEO], ids=repr)
+OLD = pytest.mark.skipif(VERSION < (5, 19), reason="transformers mixes up expanded images")
+FAMILIES = pytest.mark.parametrize(
+    "family",
+    [LLAVA, pytest.param(NEXT, marks=OLD), pytest.param(VIDEO, marks=OLD)],
+    ids=["llava", "llava-next", "video-llava"],
+)
 PLACEHOLDERS = (llava.IMAGE, video_llava.VIDEO)
 WORDS = {"suppress_tokens": list(PLACEHOLDERS)}  # random weights would say them
 
@@ -246,15 +249,15 @@ def test_a_pass_that_fails_is_not_told() -> None:
     ("options", "words"),
     [
         ({"prompt_lookup_num_tokens": 2, "max_matching_ngram_size": 1}, "candidates"),
-        ({"cache_implementation": "static"}, "StaticLayer"),
+        ({"cache_implementation": "static"}, "StaticLayer|static caches"),
     ],
-    ids=str,
+    ids=["prompt lookup", "static cache"],
 )
 def test_generation_that_cannot_be_told_is_refused(options: dict[str, Any], words: str) -> None:
     repeats = llava.Row([llava.BOS, llava.picture(1), 5, 6, 5])
     model, inputs = LLAVA.build(), LLAVA.collate([repeats])
     with tokenprune.watch(model), pytest.raises(UnsupportedError, match=words):
-        llava.generate(model, inputs, STEPS, **options)
+        llava.generate(model, inputs, STEPS, eos_token_id=999, **options)
 
 
 def test_prompts_that_were_shortened_are_refused() -> None:
