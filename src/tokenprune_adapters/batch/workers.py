@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -96,6 +97,7 @@ _answerer: Answerer | None = None  # of a worker process, which does nothing els
 
 def _begin(answerer: Answerer, devices: SimpleQueue[str], workers: int) -> None:
     global _answerer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and saves what is done
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     _answerer = replace(answerer, device=devices.get())
