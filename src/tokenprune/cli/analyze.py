@@ -65,8 +65,8 @@ def run_analyze(request: Request) -> Consistency:
 
 
 HEADINGS: dict[Queries, str] = {
-    "output": "agreement with what output tokens attend to",
-    "last": "agreement with what the last token of the prompt attends to",
+    "output": "output tokens ask",
+    "last": "the prompt's last token asks",
 }
 
 
@@ -95,9 +95,10 @@ def _percent(mean: Mean) -> str:
 
 def _explained(result: Consistency) -> str:
     return (
-        f"{result.data['questions']} questions about {result.data['pictures']} pictures, answers "
-        f"of {result.answer:.3g} tokens, pictures of {result.tokens:.0f}; mean over layers of the "
-        "LLM ± standard error, clustered by picture. Overlap: tokens that both would keep; rank "
-        "correlation: Spearman's. Output tokens: VTC-CLS, equation 4; the last token of the prompt "
-        "is the one from which the first of them is generated."
+        f"How far scores agree with the attention of the LLM, mean over layers ± standard error, "
+        f"clustered by picture; {result.data['questions']} questions about "
+        f"{result.data['pictures']} pictures. Overlap: tokens that both would keep; rank "
+        "correlation: Spearman's; best layer: its highest. Output tokens are those of the answer "
+        f"({result.answer:.3g} on average), as in VTC-CLS, equation 4; from the prompt's last "
+        "token the first of them is generated."
     )
