@@ -13,7 +13,7 @@ EXAMPLES := docs/examples/tokenprune-sharpness docs/examples/tokenprune-pocketvl
 VERSIONS := 5.4.0 5.19.0 newest
 
 .PRECIOUS: .venv-%/.ready
-.PHONY: demo test lint types unit docs serve matrix fuzz mutants bench train tables clean help
+.PHONY: demo test lint types unit docs serve matrix fuzz mutants bench train tables pictures clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 10
@@ -56,6 +56,9 @@ train: $(READY)  ## train the miniature model anew, into out/pocket/checkpoint
 
 tables: $(READY)  ## write the tables of strategies in the documentation anew
 	$(BIN)/python docs/tables.py
+
+pictures: $(READY)  ## draw the pictures in the documentation anew
+	$(BIN)/python docs/pictures.py
 
 # Adapter tests on old and new transformers. Each version has an environment of its own, laid over
 # .venv, so that torch is there once.

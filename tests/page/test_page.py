@@ -60,7 +60,7 @@ class Reader(HTMLParser):
         if "style" in self.open:
             return
         self.text += data
-        if self.open and self.open[-1] == "caption":
+        if "caption" in self.open:
             self.caption += data
         if {"td", "th"} & set(self.open):
             self.tables[self.caption][-1][-1] += data

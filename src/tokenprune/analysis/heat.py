@@ -119,9 +119,14 @@ def _with_scale(picture: Image.Image, low: float, high: float, opacity: float) -
         red, green, blue = (round(_MIDDLE + opacity * (part - _MIDDLE)) for part in colour)
         pen.line((x, top, x, top + bar - 1), fill=(red, green, blue))
     font = ImageFont.load_default(12)
-    pen.text((0, top + bar + 1), f"{low:.3g}", INK, font)
-    pen.text((picture.width, top + bar + 1), f"{high:.3g}", INK, font, anchor="ra")
+    pen.text((0, top + bar + 1), _shown(low), INK, font)
+    pen.text((picture.width, top + bar + 1), _shown(high), INK, font, anchor="ra")
     return whole
+
+
+def _shown(value: float) -> str:
+    """Three digits, and zero without a sign."""
+    return f"{value + 0.0:.3g}"
 
 
 def _drawn(

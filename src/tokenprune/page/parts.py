@@ -44,7 +44,7 @@ def table(caption: str, headings: Sequence[str], rows: Iterable[Html], note: str
     """
     head = tag("tr", *(_heading(heading) for heading in headings))
     body = tag("tbody", join(list(rows), "\n"))
-    whole = tag("table", tag("caption", caption), tag("thead", head), body)
+    whole = tag("table", tag("caption", tag("span", caption)), tag("thead", head), body)
     scroll = tag("div", whole, class_="scroll", role="region", tabindex="0", aria_label=caption)
     return join([scroll, tag("p", note, class_="note")] if note else [scroll])
 
