@@ -205,6 +205,20 @@ def test_right_padding_and_no_cache() -> None:
         check(seen, wanted(LLAVA, batch, inputs, torch.zeros(3, 1, dtype=torch.int64)))
 
 
+@torch.no_grad()
+def test_a_picture_after_a_text_that_is_cached() -> None:
+    model, text = LLAVA.build(), torch.tensor([[llava.BOS, 41, 42]])
+    row = llava.Row([43, llava.picture(1), 44])
+    inputs = llava.collate([row])
+    with tokenprune.watch(model) as seen:
+        cache = model(input_ids=text).past_key_values
+        ones = torch.ones(1, 3 + len(row.ids), dtype=torch.int64)
+        model(**{**inputs, "attention_mask": ones}, past_key_values=cache)
+        model(input_ids=torch.tensor([[45]]), past_key_values=cache)
+    whole = llava.Row([llava.BOS, 41, 42, *row.parts])
+    check(seen, wanted(LLAVA, [whole], llava.collate([whole]), torch.tensor([[45, 46]])))
+
+
 def test_the_latest_prompts_are_told() -> None:
     model, (one, _, none) = LLAVA.build(), LLAVA.prompts()
     with tokenprune.watch(model) as seen:
