@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,25 @@ def test_the_account_adds_up_prompts_and_leaves_out_those_without_pictures(tmp_p
     ]
     assert written["per_image"]["visual_tokens_after"] == 5
     assert written["per_image"]["kv_bytes_vanilla"] == pytest.approx(account.kv_bytes_vanilla / 3)
+
+
+def test_a_picture_of_which_nothing_is_reduced_ends_the_evaluation() -> None:
+    harnessed, (model, processor) = Model.__new__(Model), pocket.load()
+    harnessed._account = Account()
+    scene = pocket.draw(0)
+    text = pocket.prompt(pocket.questions(scene)[0])
+    inputs = dict(processor(images=scene.picture, text=text, return_tensors="pt"))
+    words = dict(processor(text="USER: is there a red one ? ASSISTANT:", return_tensors="pt"))
+    with tokenprune.attach(model, "uniform | evict(3) @ after-layer(99)") as harnessed._attachment:
+
+        def ask(given: dict[str, Any]) -> None:
+            call = partial(model.generate, **given, max_new_tokens=1)
+            harnessed._generating(call, {"inputs": None, "kwargs": given})
+
+        ask(words)
+        with pytest.raises(EvaluationFailedError, match=r"after-layer\(99\)' reduced nothing of"):
+            ask(inputs)
+    assert harnessed._account.prompts == 1
 
 
 def test_several_pictures_in_one_prompt_count_each() -> None:

@@ -109,7 +109,13 @@ class Pruned:
     def _generating(self, call: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
         with fatal("generate"):  # here, because lmms-eval's models make "" of exceptions
             output = call()
-            self._account.add(self._attachment.report)
+            before, report = self._account.latest, self._attachment.report
+            if _pictures(arguments) and report.calls == before.calls:
+                raise UnsupportedError(
+                    f"{self._attachment.spec!r} reduced nothing of a prompt with pictures; does "
+                    "this model have such layers?"
+                )
+            self._account.add(report)
         return output
 
     def _write(self) -> None:
@@ -128,3 +134,9 @@ def _stages(prune: object) -> tuple[tokenprune.Stage, ...]:
             "is, leave _tokenprune out of --model"
         )
     return parse_schedule(prune)
+
+
+def _pictures(arguments: Mapping[str, Any]) -> bool:
+    """Whether `generate` was given pictures or videos."""
+    given = {**arguments, **arguments.get("kwargs", {})}
+    return any(name.startswith("pixel_values") and given[name] is not None for name in given)

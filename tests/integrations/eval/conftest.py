@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,17 @@ class Breaks(Scorer):
 def tokenprune_scorers():
     yield ScorerPlugin("breaks", "works twice", Breaks)
 '''
+
+# https://github.com/EvolvingLMMs-Lab/lmms-eval/pull/1487
+MENDED = """
+from lmms_eval.models.model_utils.load_video import read_video
+from lmms_eval.models.simple import video_llava
+
+def read(path, frames=8, **options):
+    return read_video(path, **{"num_frm": frames} | options)
+
+video_llava.read_video = read
+"""
 
 
 @pytest.fixture(scope="session")
@@ -64,13 +76,24 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Harness:
     }
     DatasetDict({"test": Dataset.from_dict(rows)}).save_to_disk(place / "films")
 
-    (place / "plugin").mkdir()
-    (place / "plugin" / "broken_scorer.py").write_text(BROKEN)
-    info = place / "plugin" / "broken_scorer-0.1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-scorer\nVersion: 0.1\n")
-    (info / "entry_points.txt").write_text("[tokenprune]\nbroken = broken_scorer\n")
-    return Harness(place, path=(place / "plugin",))
+    return Harness(place, path=(plugin(place, "broken", BROKEN),))
+
+
+@pytest.fixture(scope="session")
+def mended(harness: Harness) -> Harness:
+    """With Video-LLaVA as lmms-eval has it after 0.7.3, which cannot read any video."""
+    return replace(harness, path=(plugin(harness.place, "mended", MENDED),))
+
+
+def plugin(place: Path, name: str, code: str) -> Path:
+    """The folder of a package that tokenprune loads as a plugin."""
+    folder = place / f"plugin-{name}"
+    info = folder / f"{name}-0.1.dist-info"
+    info.mkdir(parents=True)
+    (folder / f"{name}.py").write_text(code)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text(f"[tokenprune]\n{name} = {name}\n")
+    return folder
 
 
 def write_film(path: Path, frames: object) -> None:

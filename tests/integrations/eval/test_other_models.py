@@ -48,7 +48,6 @@ def test_llava_next(harness: Harness, tmp_path: Path) -> None:
         "pocket",
         "llava_hf_tokenprune",
         pretrained=place,
-        device_map="cpu",
         prune=SPEC,
         report="report.json",
     )
@@ -59,7 +58,7 @@ def test_llava_next(harness: Harness, tmp_path: Path) -> None:
     assert ran.report["tokens_after"] == 6 * len(wanted)
 
 
-def test_video_llava(harness: Harness, tmp_path: Path) -> None:
+def test_video_llava(mended: Harness, tmp_path: Path) -> None:
     from lmms_eval.models.model_utils.load_video import read_video
     from transformers import VideoLlavaForConditionalGeneration, VideoLlavaProcessor
 
@@ -69,10 +68,10 @@ def test_video_llava(harness: Harness, tmp_path: Path) -> None:
 
     def answers() -> list[str]:
         found = []
-        for row in rows(harness, "films"):
+        for row in rows(mended, "films"):
             inputs = processor(
                 text=f"USER: <video>{row['question']}? ASSISTANT:",
-                videos=read_video(row["film"], 8),
+                videos=read_video(row["film"], num_frm=8),
                 return_tensors="pt",
             )
             output = model.generate(**inputs, max_new_tokens=4)
@@ -83,11 +82,10 @@ def test_video_llava(harness: Harness, tmp_path: Path) -> None:
     everything = answers()
     with tokenprune.attach(model, SPEC) as pruned:
         wanted = answers()
-    ran = harness.run(
+    ran = mended.run(
         "films",
         "video_llava_tokenprune",
         pretrained=place,
-        device_map="auto",
         prune=SPEC,
         report="report.json",
     )
