@@ -10,9 +10,14 @@ import pytest
 from support.served import Plain, Question, RefusedError, Server, check, questions
 
 SPEC = "cls-attention | evict(14)"
-OPTIONS = ["--trust-request-mm-kwargs", "--limit-mm-per-prompt", '{"image": 3}']
+OPTIONS = [
+    "--trust-request-mm-kwargs",
+    *("--limit-mm-per-prompt", '{"image": 3}'),
+    *("--block-size", "32"),  # of the KV cache: prompts are longer than one
+]
+# The first 32 ids of a prompt are the same at 33 and at 60 tokens, and fill a block.
 ORDERS: list[tuple[float | None, ...]]
-ORDERS = [(3, 40), (40, 3), (1, 1.0), (1.0, 1), (None, 5), (5, None)]
+ORDERS = [(33, 60), (60, 33), (1, 1.0), (1.0, 1), (None, 40), (40, None)]
 KEEPS = [None, 1, 1.0, 3, 0.11, 14, 28, 64]
 
 
