@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -338,3 +338,11 @@ def test_files(tmp_path: Path) -> None:
 def test_one_scorer_is_no_plot_over_k(tmp_path: Path) -> None:
     result = measure(LLAVA, scorers=["uniform", Flat(1.0)], keeps=[4])
     assert [path.name for path in plot(result, tmp_path)] == ["consistency.png"]
+
+
+def test_deep_models_get_wider_plots(tmp_path: Path) -> None:
+    result = measure(LLAVA, scorers=["cls-attention", "cls-attention(layers=1)"], keeps=[4])
+    curves = [replace(curve, layers=curve.layers * 6) for curve in result.curves]
+    shallow, _ = plot(result, tmp_path / "shallow")
+    deep, _ = plot(replace(result, curves=tuple(curves)), tmp_path / "deep")
+    assert Image.open(deep).width > Image.open(shallow).width

@@ -20,6 +20,7 @@ _SCALE = "viridis"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _GRAY = "#777777"
+_MANY = 16  # layers, from which on error bars would hide the lines
 _ASKING: dict[Queries, str] = {
     "output": "output tokens ask",
     "last": "last token of the prompt asks",
@@ -51,7 +52,8 @@ def plot(result: Consistency, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     panels = _panels(result)
     asked = [each for each in _ASKING if result.curve("", "share", each).mean.questions]
-    size = 3.3 * len(panels) + 0.4, 2.8 * len(asked) + 1
+    wide = 3.3 if _depth(result) <= _MANY else 4
+    size = wide * len(panels) + 0.4, 2.8 * len(asked) + 1
     figure = Figure(figsize=size, dpi=130, layout="constrained")
     _by_layer(result, panels, asked, figure)
     written = [folder / "consistency.png"]
@@ -88,9 +90,9 @@ def _by_layer(
     for row, queries in enumerate(asked):
         for axes, panel in zip(grid[row], panels, strict=True):
             scorers = [""] if panel.measure == "share" else result.scorers
-            for scorer in scorers:
+            for place, scorer in enumerate(scorers):
                 curve = result.curve(scorer, panel.measure, queries, panel.keep)
-                _line(axes, curve, panel.times, _style(scorer, result))
+                _line(axes, curve, panel.times, place, _style(scorer, result))
             _finish(axes, panel)
             axes.xaxis.get_major_locator().set_params(integer=True)
             if row == 0:
@@ -114,7 +116,9 @@ def _by_layer(
     figure.legend(
         lines, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
     )
-    figure.suptitle(_heading(result), fontsize=9, x=0.01, ha="left")
+    deep = _depth(result) > _MANY
+    heading = _heading(result, "bands" if deep else "bars")
+    figure.suptitle(heading, fontsize=9, x=0.01, ha="left")
 
 
 def _over_k(
@@ -160,19 +164,22 @@ def _over_k(
         axes.set_xlabel("K, layers of the tower in the ensemble", fontsize=9)
     lines, labels = row[0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    heading = _heading(result).replace("bars:", "mean over layers; bars:")
+    heading = _heading(result, "mean over layers; bars")
     figure.suptitle(heading, fontsize=9, x=0.01, ha="left")
 
 
-def _line(axes: Axes, curve: Curve, times: float, style: dict[str, Any]) -> None:
-    axes.errorbar(
-        range(1, len(curve.layers) + 1),
-        [times * each.value for each in curve.layers],
-        yerr=[times * each.error for each in curve.layers],
-        capsize=2,
-        elinewidth=1,
-        **style,
-    )
+def _line(axes: Axes, curve: Curve, times: float, place: int, style: dict[str, Any]) -> None:
+    """A line with an error at each layer; of deep models with a band, and marks that take turns."""
+    layers = range(1, len(curve.layers) + 1)
+    values = [times * each.value for each in curve.layers]
+    errors = [times * each.error for each in curve.layers]
+    if len(layers) <= _MANY:
+        axes.errorbar(layers, values, yerr=errors, capsize=2, elinewidth=1, **style)
+        return
+    pairs = list(zip(values, errors, strict=True))
+    low, high = [v - e for v, e in pairs], [v + e for v, e in pairs]
+    axes.fill_between(layers, low, high, color=style["color"], alpha=0.2, linewidth=0)
+    axes.plot(layers, values, markevery=(place % 6, 6), **style)
 
 
 def _style(scorer: str, result: Consistency) -> dict[str, Any]:
@@ -230,14 +237,18 @@ def _same_scale(column: Sequence[Axes], panel: _Panel) -> None:
         axes.set_ylim(low if panel.measure == "correlation" else 0, min(high, 1.02 * panel.times))
 
 
+def _depth(result: Consistency) -> int:
+    return len(result.curves[0].layers)
+
+
 def _budget(keep: int | float, result: Consistency) -> str:
     if isinstance(keep, int):
         return f"{keep} tokens"
     return f"{100 * keep:.3g} % of {result.tokens:.0f} tokens"
 
 
-def _heading(result: Consistency) -> str:
+def _heading(result: Consistency, error: str = "bars") -> str:
     return (
         f"{result.model}: {result.data['questions']} questions about {result.data['pictures']} "
-        "pictures; bars: ± 1 standard error, clustered by picture"
+        f"pictures; {error}: ± 1 standard error, clustered by picture"
     )
