@@ -219,6 +219,17 @@ def test_a_picture_after_a_text_that_is_cached() -> None:
     check(seen, wanted(LLAVA, [whole], llava.collate([whole]), torch.tensor([[45, 46]])))
 
 
+@OLD
+def test_a_prompt_that_starts_with_its_picture() -> None:
+    """Padding of a shorter picture is no patch, though the first slot of all is one."""
+    wide, small = (llava_next.Picture.of(size, 1) for size in ((40, 90), (20, 25)))
+    batch = [llava_next.Prompt([wide, 12, 13]), llava_next.Prompt([llava_next.BOS, small, 23])]
+    model, inputs = NEXT.build(), NEXT.collate(batch)
+    with tokenprune.watch(model) as seen:
+        text = llava.generate(model, inputs, 2, **WORDS).text
+    check(seen, wanted(NEXT, batch, inputs, text))
+
+
 def test_the_latest_prompts_are_told() -> None:
     model, (one, _, none) = LLAVA.build(), LLAVA.prompts()
     with tokenprune.watch(model) as seen:
