@@ -29,8 +29,8 @@ def plain() -> Plain:
 def server(
     request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """A server process with the spec and the options that the test module names."""
-    spec, options = request.module.SPEC, request.module.OPTIONS
+    """A server process, parametrised by its spec and its options."""
+    spec, options = request.param
     log = tmp_path_factory.mktemp("server") / "log"
     with Server(checkpoint, spec, options, log) as started:
         yield started

@@ -12,6 +12,8 @@ from support.served import Plain, RefusedError, Server, check, questions
 SPEC = "vtc-cls-max(keep=7)"
 OPTIONS = ["--tensor-parallel-size", "2"]
 
+pytestmark = pytest.mark.parametrize("server", [(SPEC, OPTIONS)], indirect=True, ids=[""])
+
 
 def test_answers_are_those_of_one_process(server: Server, plain: Plain) -> None:
     """Where each process ranked tokens by its own heads, one answer in six was wrong."""

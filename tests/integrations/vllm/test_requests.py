@@ -15,6 +15,8 @@ OPTIONS = [
     *("--limit-mm-per-prompt", '{"image": 3}'),
     *("--block-size", "32"),  # of the KV cache: prompts are longer than one
 ]
+pytestmark = pytest.mark.parametrize("server", [(SPEC, OPTIONS)], indirect=True, ids=[""])
+
 # The first 32 ids of a prompt are the same at 33 and at 60 tokens, and fill a block.
 ORDERS: list[tuple[float | None, ...]]
 ORDERS = [(33, 60), (60, 33), (1, 1.0), (1.0, 1), (None, 40), (40, None)]
