@@ -192,6 +192,6 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file which becomes `path` when it is whole and on the disk."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     write(unfinished)
-    with unfinished.open("rb") as file:
+    with unfinished.open("r+b") as file:  # some systems flush only what may be written
         os.fsync(file.fileno())
     unfinished.replace(path)
