@@ -171,3 +171,20 @@ def test_what_cannot_be_drawn_is_said_in_one_line(
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+
+
+def test_columns_and_merged_tokens(tokenprune: Command, tmp_path: Path) -> None:
+    """PruMerge puts one patch into several tokens: more are merged than groups can be drawn."""
+    out, spec = tmp_path / "kept.png", "prumerge(keep=9)"
+    tokenprune("picture", "--out", out, "--prune", spec, "--columns", 1)
+    drawn = Image.open(out)
+    assert drawn.width == 256 + 2 * 14
+    assert drawn.height > 2 * 256
+    scene = pocket.draw(0)
+    model, processor = pocket.load()
+    text = pocket.prompt(pocket.questions(scene)[0])
+    with library.attach(model, spec) as pruned:
+        model(**processor(images=scene.picture, text=text, return_tensors="pt"))
+    made_of = [int((row > 0).sum()) for row in pruned.last.plan.dense()[0]]
+    merged = sum(count > 1 for count in made_of)
+    assert f"9 of 64 visual tokens, {merged} of them merged" in drawn.text["Description"]

@@ -156,6 +156,7 @@ def picture_command(
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Which picture to draw.")] = 0,
     size: Annotated[int, typer.Option(min=1, help="Least pixels a side of each panel.")] = 256,
+    columns: Annotated[int, typer.Option(min=0, help="Panels in a row; 0 for what fits.")] = 0,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer [16; pocket: 1].")
     ] = None,
@@ -168,7 +169,7 @@ def picture_command(
     prunes = tuple(prune or ())
     run_picture(
         Request(
-            *(model, image, prompt, prunes, out, heat, seed, size),
+            *(model, image, prompt, prunes, out, heat, seed, size, columns),
             *(max_new_tokens, device, dtype),
         )
     )

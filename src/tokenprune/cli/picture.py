@@ -48,6 +48,7 @@ class Request:
     heat: bool
     seed: int
     size: int
+    columns: int
     max_new_tokens: int | None
     device: str
     dtype: str
@@ -108,7 +109,7 @@ def run_picture(request: Request) -> Image.Image:
         whole = f"{seen.patches * len(seen.crops)} patches\n{_says(vanilla, truth)}"
         kept = [_kept(seen, spec, said[spec], truth, scale) for spec in schedules]
         rows = {question: [replace(unchanged, caption=whole), *kept]}
-    drawn = stacked([sheet(panels, heading) for heading, panels in rows.items()])
+    drawn = stacked([sheet(each, heading, request.columns) for heading, each in rows.items()])
     write_picture(drawn, request.out, _described(rows))
     for spec, stages in schedules.items():
         out.print(f"{spec}: {'; '.join(map(spec_of, stages))}", markup=False, soft_wrap=True)
@@ -176,9 +177,15 @@ def _kept(seen: Seen, spec: str, given: Answer, truth: str | None, scale: int) -
         drawn = seen.kept(places, scale)
     else:
         drawn = seen.reduced(reduction, scale)
-        groups = len(seen.fate(reduction).groups)
-        counts += f", {groups} of them merged" if groups else ""
+        merged = _merged(reduction)
+        counts += f", {merged} of them merged" if merged else ""
     return Panel(drawn, spec, f"{counts}\n{_says(given, truth)}")
+
+
+def _merged(reduction: Reduction) -> int:
+    """How many kept tokens are made of several."""
+    weights = reduction.plan.weights
+    return 0 if weights is None else int(((weights != 0).sum(-1) > 1).sum())
 
 
 def scoring(spec: str) -> Stage:
