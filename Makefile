@@ -6,6 +6,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 JOBS ?= 2
+SEED ?= 0
+CHECKPOINTS ?= pocket
 # Tiny tensors gain nothing from threads, and one process runs per core.
 SINGLE := OMP_NUM_THREADS=1
 PYTEST := $(SINGLE) $(BIN)/python -m pytest -n $(JOBS)
@@ -13,7 +15,7 @@ EXAMPLES := docs/examples/tokenprune-sharpness docs/examples/tokenprune-pocketvl
 VERSIONS := 5.4.0 5.19.0 newest
 
 .PRECIOUS: .venv-%/.ready
-.PHONY: demo test lint types unit docs serve matrix fuzz mutants bench train tables pictures clean help
+.PHONY: demo test lint types unit docs serve matrix fuzz mutants bench train results tables pictures clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 10
@@ -51,8 +53,15 @@ mutants: $(READY)  ## change what decides, one thing at a time, and count what n
 bench: $(READY)  ## ratios to reference implementations
 	set -e; for script in tests/benchmarks/bench_*.py; do $(SINGLE) $(BIN)/python $$script; done
 
-train: $(READY)  ## train the miniature model anew, into out/pocket/checkpoint
-	$(BIN)/python -m tokenprune_adapters.pocket.train --out out/pocket
+train: $(READY)  ## train the miniature model anew, into out/pocket-$(SEED)/checkpoint
+	$(BIN)/python -m tokenprune_adapters.pocket.train --seed $(SEED) --out out/pocket-$(SEED)
+
+# One model, or several: make results CHECKPOINTS="pocket out/pocket-1/checkpoint"
+results: $(READY)  ## measure the tables of the papers in miniature, write docs/reference/results.md
+	set -e; rm -rf out/results; number=0; for checkpoint in $(CHECKPOINTS); do \
+	  $(SINGLE) $(BIN)/python docs/results/measure.py --checkpoint $$checkpoint \
+	    --out out/results/$$number; number=$$((number + 1)); done
+	$(BIN)/python docs/results/page.py out/results/*
 
 tables: $(READY)  ## write the tables of strategies in the documentation anew
 	$(BIN)/python docs/tables.py
