@@ -29,7 +29,7 @@ class OnRay:
 
     Attributes:
         address: of the cluster; "auto" is the one that this machine belongs to, "local" a new one.
-        workers: actors.
+        workers: actors, or as many as the cluster has CPUs (or GPUs) for.
         batch: rows that a model answers at once.
         block: most rows of a task: what is answered again where an actor dies.
     """
@@ -51,7 +51,6 @@ class OnRay:
         if mine:
             self._connect()
         try:
-            self._check()
             # An actor takes a block at a time, so that all of them have some.
             share = math.ceil(len(rows) / (4 * self.workers * self.batch)) * self.batch
             size = max(self.batch, min(share, self.block))
@@ -94,16 +93,6 @@ class OnRay:
         except (ConnectionError, ValueError, RuntimeError) as error:
             first = str(error).strip().partition("\n")[0]
             raise WorkerError(f"cannot reach Ray at {self.address!r}: {first}") from error
-
-    def _check(self) -> None:
-        import ray
-
-        cpus = int(ray.cluster_resources().get("CPU", 0))
-        if cpus < self.workers:  # the others would be waited for, for ever
-            raise WorkerError(
-                f"Ray at {self.address!r} has {cpus} logical CPUs, and {self.workers} workers need "
-                "one each: take fewer --workers, or start Ray with more --num-cpus"
-            )
 
     def _gpus(self, device: str) -> float | None:
         """GPUs of an actor; Ray shows it only those."""
