@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .markdown import ROOT
+
 
 @dataclass
 class Ran:
@@ -46,16 +48,22 @@ class Harness:
             *("--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())),
             *("--include_path", str(self.place / "tasks"), "--output_path", str(out), *options),
         ]
-        offline = {f"HF_{what}_OFFLINE": "1" for what in ("HUB", "DATASETS")}
-        searched = os.pathsep.join(map(str, self.path))
+        settings = {
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "HF_HOME": str(self.place / "hf"),
+            "PYTHONPATH": os.pathsep.join(map(str, self.path)),
+            # lmms-eval takes the commit of the repository around it for its version.
+            "GIT_CEILING_DIRECTORIES": str(ROOT),
+        }
         ran = subprocess.run(
             command,
             cwd=out,  # so that arguments with a relative path are the same in every run
-            env=os.environ | offline | {"HF_HOME": str(self.place / "hf"), "PYTHONPATH": searched},
+            env=os.environ | settings,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=600,
+            timeout=1200,
         )
         found = Ran(ran.returncode, ran.stdout)
         for path in out.rglob("*_results.json"):
