@@ -188,6 +188,20 @@ def test_a_text_only_row_equals_the_row_without_tokenprune(llava: MakeLlava) -> 
 
 
 @BOTH_POSITIONS
+@pytest.mark.parametrize("place", ["before-llm", "after-layer(1)"])
+def test_the_longest_prompt_may_be_text(llava: MakeLlava, positions: str, place: str) -> None:
+    """The batch stays as long as it was, but the rows with images do not stay where they were."""
+    model, batch = llava(), [*prompts(), Row([BOS, *range(30, 80)])]
+    at = place.replace(")", ", ") if "(" in place else f"{place}("
+    with tokenprune.attach(model, f"cls-attention | evict(4) @ {at}positions={positions!r})"):
+        together = generate(model, collate(batch))
+        alone = [generate(model, collate([prompt])) for prompt in batch]
+    for row, one in enumerate(alone):
+        assert torch.equal(one.text[0], together.text[row])
+        close(one.logits[0], together.logits[row])
+
+
+@BOTH_POSITIONS
 def test_more_padding_than_needed_changes_nothing(llava: MakeLlava, positions: str) -> None:
     model = llava()
     text, logits = greedy_batch(model, prompts(), 4, positions=positions)

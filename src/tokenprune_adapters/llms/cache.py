@@ -156,12 +156,9 @@ def expect_update(cache: Cache | None) -> None:
 def note(cache: Cache, states: dict[int, Shortened]) -> None:
     """Put states on the layers of `cache`, each from the layer with its number on.
 
-    Where nothing was ever taken from any layer, all stay as they are. Otherwise also layers that
-    hold every slot get one, so that a pass or a crop that cannot be done is refused at the first
-    layer, not half-way.
+    Also layers that hold every slot get one, so that a pass or a crop that cannot be done is
+    refused at the first layer, not half-way.
     """
-    if not any(state.offset for state in states.values()):
-        return
     tail = min(state.tail for state in states.values())
     state = states[0]
     for number, layer in enumerate(cache.layers):

@@ -203,8 +203,12 @@ class ShortenPrompts(NotCopyable):
         cache = output.past_key_values
         if cache is not None:
             check_cache(cache)
-            note(cache, {start: segment.after for start, segment in run.segments.items()})
-            if any(segment.layout is not None for segment in run.segments.values()):
+            shortened = any(segment.layout is not None for segment in run.segments.values())
+            # A batch may be as long as it was, and yet its rows sit at other slots: the longest
+            # prompt may have lost nothing.
+            if shortened or state_of(cache) is not None:
+                note(cache, {start: segment.after for start, segment in run.segments.items()})
+            if shortened:
                 self.record.cached(*stored_bytes(cache))
         if run.counts and run.images is not None:
             self.record.counted(run.images.tokens, run.counts)
