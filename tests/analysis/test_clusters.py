@@ -24,18 +24,19 @@ def test_every_group_has_a_colour_of_its_own(count: int) -> None:
 
 
 def test_where_groups_are_more_than_colours_those_that_touch_differ() -> None:
-    """100 groups of 2 x 2 patches."""
-    grid = (20, 20)
-    numbers = [row // 2 * 10 + column // 2 for row in range(20) for column in range(20)]
+    """63 groups of 2 x 2 patches, 21 in a row: taking colours in turn would repeat them below."""
+    high, wide = grid = (6, 42)
+    numbers = [row // 2 * 21 + column // 2 for row in range(high) for column in range(wide)]
     known = fate(numbers)
     given = colours(known, grid)
-    assert len(given) == 100
+    assert len(given) == 63
+    assert len(set(given.values())) == len(PALETTE)
     (slots,) = known.crops
-    for row, column in itertools.product(range(19), range(19)):
-        here = slots[20 * row + column]
-        for other in (20 * row + column + 1, 20 * row + column + 20, 20 * row + column + 21):
-            if slots[other] != here:
-                assert given[slots[other]] != given[here]
+    for row, column in itertools.product(range(high - 1), range(wide - 1)):
+        here = slots[wide * row + column]
+        for down, right in ((0, 1), (1, 0), (1, 1)):
+            other = slots[wide * (row + down) + column + right]
+            assert other == here or given[other] != given[here]
 
 
 def luminance(colour: tuple[int, int, int]) -> float:

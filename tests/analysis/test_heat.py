@@ -39,6 +39,20 @@ def test_the_scale_below_runs_from_lowest_to_highest(picture: Image.Image) -> No
     assert all(one != other for one, other in itertools.pairwise(bar))
 
 
+def test_the_ends_of_the_scale_are_written_below_it() -> None:
+    """Other scores, other numbers; where they stand there is nothing else."""
+    wide = Image.new("RGB", (120, 120), (128, 128, 128))
+    one, other = (heat(wide, [low, 2.0, 3.0, 4.0], GRID) for low in (-1.5, 1.0))
+    below = [each.crop((0, 137, 120, each.height)).convert("L") for each in (one, other)]
+    for each in below:
+        assert each.getextrema()[0] < 100
+        last = each.crop((0, each.height - 1, 120, each.height))
+        assert last.getextrema()[0] == 255  # nothing is cut off
+    left, right = (0, 0, 60, below[0].height), (60, 0, 120, below[0].height)
+    assert below[0].crop(left).tobytes() != below[1].crop(left).tobytes()
+    assert below[0].crop(right).tobytes() == below[1].crop(right).tobytes()
+
+
 def test_the_scale_has_the_colours_that_are_drawn(picture: Image.Image) -> None:
     drawn = heat(picture, [0.0, 1.0, 0.5, 0.0], GRID)
     low, high = drawn.getpixel((0, 26)), drawn.getpixel((15, 26))

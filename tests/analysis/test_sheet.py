@@ -30,6 +30,9 @@ def test_panels_stand_on_one_line_whatever_their_titles() -> None:
     left, top, right, bottom = box_of(drawn, RED)
     assert (right - left, bottom - top) == (120, 80)
     assert box_of(drawn, BLUE)[1::2] == (top, bottom)
+    # The short title stands on its picture, not at the height of the other's first line.
+    assert drawn.crop((left, top - 20, right, top)).convert("L").getextrema()[0] < 128
+    assert drawn.crop((left, 0, right, top - 26)).convert("L").getextrema()[0] > 250
 
 
 def test_text_stays_beside_pictures_and_in_its_column() -> None:
