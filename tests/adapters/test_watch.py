@@ -286,14 +286,17 @@ def test_generation_that_cannot_be_told_is_refused(options: dict[str, Any], word
 
 
 def test_prompts_that_were_shortened_are_refused() -> None:
-    model, inputs = LLAVA.build(), LLAVA.collate(LLAVA.prompts())
+    model = LLAVA.build()
+    # Beside a longer text, the batch keeps its length.
+    longer = [*LLAVA.prompts(), llava.Row([llava.BOS, *range(30, 80)])]
     for stage in ("cls-attention | evict(4)", "cls-attention | evict(4) @ after-layer(1)"):
-        with (
-            tokenprune.attach(model, stage),
-            tokenprune.watch(model),
-            pytest.raises(AttachError, match="visual tokens were taken from this prompt"),
-        ):
-            llava.generate(model, inputs, 2)
+        for batch in (LLAVA.prompts(), longer):
+            with (
+                tokenprune.attach(model, stage),
+                tokenprune.watch(model),
+                pytest.raises(AttachError, match="visual tokens were taken from this prompt"),
+            ):
+                llava.generate(model, LLAVA.collate(batch), 1)
 
 
 def test_another_turn_is_refused() -> None:
@@ -302,6 +305,15 @@ def test_another_turn_is_refused() -> None:
         cache = model(**inputs).past_key_values
         with pytest.raises(UnsupportedError, match="start a new cache for another turn"):
             model(input_ids=torch.tensor([[5, 6]]), past_key_values=cache)
+
+
+def test_rows_that_were_repeated_are_refused() -> None:
+    model = LLAVA.build()
+    with tokenprune.watch(model), torch.no_grad():
+        cache = model(**LLAVA.collate(LLAVA.prompts()[:1])).past_key_values
+        cache.batch_repeat_interleave(2)
+        with pytest.raises(UnsupportedError, match="2 rows continues 1 prompts"):
+            model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
 
 
 def test_layers_that_normalise_their_queries_are_refused() -> None:

@@ -136,6 +136,8 @@ class WatchAttention(NotCopyable):
         running = self.running
         self._local.running = None
         if running is not None and output is not None:  # None after an exception
+            if state_of(getattr(output, "past_key_values", None)) is not None:
+                raise _shortened()
             device = self.attended.places.device
             self.attended.step(torch.stack([each.to(device) for each in running.rows], dim=1))
 
@@ -157,11 +159,8 @@ class _AfterLayer(NotCopyable):
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         cache = kwargs.get("past_key_values")
         check_cache(cache)
-        if hidden.shape[1] != running.slots or state_of(cache) is not None:
-            raise AttachError(
-                "visual tokens were taken from this prompt; what tokens attend to is watched in "
-                "the unpruned model alone: detach first, or attach with a budget of 1.0"
-            )
+        if hidden.shape[1] != running.slots:
+            raise _shortened()
         keys = None if cache is None else cache.layers[self.number].keys
         if keys is None and running.past:
             raise UnsupportedError("a pass continues prompts, but its layers got no cache")
@@ -172,6 +171,13 @@ class _AfterLayer(NotCopyable):
         )
         asked = rows[:, :, 0][row]
         running.rows.append(asked.gather(2, column[:, None].expand(-1, asked.shape[1], -1)))
+
+
+def _shortened() -> AttachError:
+    return AttachError(
+        "visual tokens were taken from this prompt; what tokens attend to is watched in the "
+        "unpruned model alone: detach first, or attach with a budget of 1.0"
+    )
 
 
 def _valid(mask: Any, ids: Tensor, past: int) -> Tensor | None:
