@@ -25,7 +25,7 @@ from tokenprune_adapters.batch.rows import read_rows
 from tokenprune_adapters.batch.work import answer_all
 from tokenprune_adapters.batch.workers import Here, Processes
 
-ROWS = 120
+ROWS = 60
 
 
 @pytest.fixture(scope="module")
