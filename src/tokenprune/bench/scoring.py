@@ -33,8 +33,8 @@ def mean(values: Sequence[float], groups: Sequence[str]) -> Mean:
         values: one for each question.
         groups: which picture each is about.
 
-    >>> mean([0.0, 1.0, 0.0, 1.0], ["a", "b", "c", "d"])
-    Mean(value=0.5, error=0.2886751345948129, questions=4)
+    >>> mean([0.0, 1.0], ["a", "b"])
+    Mean(value=0.5, error=0.5, questions=2)
     """
     if len(values) != len(groups) or not values:
         raise ValueError(f"need one group for each value, got {len(values)} and {len(groups)}")
