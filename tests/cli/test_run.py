@@ -36,9 +36,9 @@ def test_compares_and_draws(
 
     model, processor = pocket.load()
     inputs = processor(images=wide_picture, text=pocket.prompt(question), return_tensors="pt")
-    vanilla = model.generate(**inputs)
+    vanilla = model.generate(**inputs, max_new_tokens=4)
     with library.attach(model, SPEC) as pruned:
-        compressed = model.generate(**inputs)
+        compressed = model.generate(**inputs, max_new_tokens=4)
     length = inputs["input_ids"].shape[1]
     expected = [
         processor.decode(tokens[0, length:], skip_special_tokens=True).strip()
