@@ -40,6 +40,7 @@ from .reducers import (
     ToMe,
 )
 from .report import ImageReport, Record, Report
+from .saved import from_pretrained, save_pretrained
 from .scorers import (
     ClsAttentionScorer,
     FastVScorer,
@@ -137,10 +138,12 @@ __all__ = [
     "UnsupportedError",
     "VisualTokens",
     "attach",
+    "from_pretrained",
     "hookimpl",
     "observe",
     "parse",
     "parse_schedule",
+    "save_pretrained",
     "spec_of",
     "watch",
 ]

@@ -18,6 +18,7 @@ from .report import Record, Report
 from .signals import Signal
 from .spec import parse_schedule, shown, spec_of
 from .strategy import Reduction, Stage
+from .wrappers import unwrapped
 
 _attached: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
 
@@ -78,7 +79,8 @@ def attach(model: nn.Module, *stages: Stage | str, adapter: str | None = None) -
     leaving the context, or calling `detach`, restores the model, also after an exception.
 
     Args:
-        model: an unmodified model, e.g. `LlavaForConditionalGeneration`.
+        model: an unmodified model, e.g. `LlavaForConditionalGeneration`; also inside PEFT's
+            adapters, `DistributedDataParallel` or `torch.compile`.
         stages: what to do and where, as stages or specs:
             ``"cls-attention | evict(128) @ before-llm"``, ``"vtc-cls(keep=64)"``.
         adapter: name of the adapter, where several claim the model.
@@ -94,6 +96,7 @@ def attach(model: nn.Module, *stages: Stage | str, adapter: str | None = None) -
     parsed = tuple(_stages(stages))
     if not parsed:
         raise SpecError("attach needs at least one stage, e.g. attach(model, 'vtc-cls(keep=128)')")
+    model = unwrapped(model)
     known = registry()
     plugin = known.claiming(known.models, model, adapter)
     parts = set(model.modules())
@@ -172,6 +175,7 @@ def watch(model: nn.Module, *, adapter: str | None = None) -> Iterator[Attended]
         UnsupportedError: no adapter for this model, or it cannot tell.
     """
     known = registry()
+    model = unwrapped(model)
     chosen = known.claiming(known.models, model, adapter).factory()
     attended = Attended()
     with ExitStack() as installed:

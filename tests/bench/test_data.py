@@ -103,4 +103,4 @@ def test_pocket_vqa_is_fixed_and_balanced():
         replies = Counter(one.answers[0] for one in full if one.type == kind)
         assert replies["yes"] == replies["no"] == 200
     assert min(Counter(one.type for one in full).values()) > 100
-    assert all(one.mask.shape == (64,) and one.mask.any() for one in small)
+    assert all(one.truth.shape == (64,) and one.truth.max() == 1 for one in small)

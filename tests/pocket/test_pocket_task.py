@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 
 from tokenprune_adapters import pocket
-from tokenprune_adapters.pocket.drawing import COLOURS, DIGITS, KINDS, SIDE, _scans
-from tokenprune_adapters.pocket.task import QUADRANTS, WORDS
+from tokenprune_adapters.pocket.drawing import (
+    CLUTTER,
+    COLOURS,
+    DIGITS,
+    KINDS,
+    SIDE,
+    TEXTURES,
+    _scans,
+)
+from tokenprune_adapters.pocket.task import NUMERALS, QUADRANTS, WORDS, covered
 
 SCENES = [pocket.draw(seed) for seed in range(200)]
 
@@ -21,7 +29,9 @@ def digest(seeds: range, split: pocket.Split) -> str:
     for seed in seeds:
         scene = pocket.draw(seed, split)
         total.update(scene.image.tobytes())
-        total.update(repr((scene.objects, scene.clutter, pocket.questions(scene))).encode())
+        total.update(
+            repr((scene.objects, scene.sign, scene.clutter, pocket.questions(scene))).encode()
+        )
     return total.hexdigest()[:16]
 
 
@@ -33,6 +43,19 @@ def true_answer(scene: pocket.Scene, question: pocket.Question) -> str:
     if words[:2] == ["is", "there"]:
         colour, kind = words[-2:]
         return "yes" if any((o.colour, o.kind) == (colour, kind) for o in scene.objects) else "no"
+    if words == ["what", "does", "the", "sign", "read"]:
+        assert scene.sign is not None
+        return scene.sign.text
+    if words == ["what", "is", "the", "background"]:
+        return scene.texture
+    if words == ["what", "shape", "is", "the", "clutter"]:
+        (kind,) = {thing.kind for thing in scene.clutter}
+        return kind
+    if words[:2] == ["is", "the"]:
+        one, other = (next(o for o in scene.objects if o.kind == words[at]) for at in (2, -1))
+        axis = int(words[3] in ("above", "below"))
+        sooner = one.box[axis] + one.box[axis + 2] < other.box[axis] + other.box[axis + 2]
+        return "yes" if sooner == (words[3] in ("left", "above")) else "no"
     if words[:2] == ["what", "kind"]:
         (thing,) = [o for o in scene.objects if o.colour == words[-2]]
         return thing.kind
@@ -53,7 +76,8 @@ def test_answers_are_true() -> None:
 def test_every_type_is_asked_in_known_words() -> None:
     for scene in SCENES:
         asked = pocket.questions(scene)
-        assert {question.type for question in asked} == set(pocket.QUESTION_TYPES)
+        types = set(pocket.QUESTION_TYPES) - (set() if scene.sign else {"read"})
+        assert {question.type for question in asked} == types
         for question in asked:
             assert {*question.text.split(), question.answer} <= set(WORDS)
             assert question.answer in pocket.ANSWERS
@@ -68,6 +92,44 @@ def test_existence_is_balanced_and_its_no_is_half_true() -> None:
             assert any(o.colour == colour or o.kind == kind for o in scene.objects)
 
 
+def test_relations_are_balanced_and_clear() -> None:
+    for scene in SCENES:
+        asked = [question for question in pocket.questions(scene) if question.type == "relation"]
+        assert [question.answer for question in asked] == ["yes", "no"]
+        for question in asked:
+            words = question.text.split()
+            one, other = (next(o for o in scene.objects if o.kind == words[at]) for at in (2, -2))
+            axis = int(words[3] in ("above", "below"))
+            gap = sum(one.box[axis::2]) - sum(other.box[axis::2])
+            assert abs(gap) >= 15, "centres are at least half a cell apart"
+
+
+def test_every_other_picture_has_a_sign_and_all_have_clutter_of_one_kind() -> None:
+    signs = [scene.sign for scene in SCENES if scene.sign]
+    assert 0.4 < len(signs) / len(SCENES) < 0.6
+    assert {sign.text[place] for sign in signs for place in (0, 1)} == set(NUMERALS)
+    assert {scene.texture for scene in SCENES} == set(TEXTURES)
+    assert {scene.clutter[0].kind for scene in SCENES} == set(CLUTTER)
+    for scene in SCENES:
+        assert len(scene.clutter) >= 2
+        assert len({thing.kind for thing in scene.clutter}) == 1
+
+
+def test_textures_are_there_to_be_seen() -> None:
+    """Differences of pixels two apart: along rows for stripes, along columns for lines."""
+    for scene in SCENES:
+        gray = scene.image.astype(float).mean(2)
+        free = ~np.kron(np.any([covered(t.box) for t in _things(scene)], 0), np.ones((8, 8), bool))
+        across = abs(gray[:, 2:] - gray[:, :-2])[free[:, 2:] & free[:, :-2]].mean()
+        down = abs(gray[2:] - gray[:-2])[free[2:] & free[:-2]].mean()
+        seen = {"plain": (0, 0), "striped": (1, 0), "lined": (0, 1), "checked": (1, 1)}
+        assert (across > 14, down > 14) == seen[scene.texture], (scene.seed, across, down)
+
+
+def _things(scene: pocket.Scene) -> list:
+    return [*scene.objects, *scene.clutter, *([scene.sign] if scene.sign else [])]
+
+
 def test_variants_ask_otherwise_and_repeat() -> None:
     scene = pocket.draw(3)
     assert pocket.questions(scene, 1) == pocket.questions(scene, 1)
@@ -79,6 +141,7 @@ def test_layout(split: pocket.Split) -> None:
     for seed in range(100):
         scene = pocket.draw(seed, split)
         things = scene.objects + scene.clutter
+        signs = [scene.sign] if scene.sign else []
         kinds = [thing.kind for thing in scene.objects]
         assert 2 <= len(kinds) == len(set(kinds)) <= 4
         assert len({thing.cell for thing in things}) == len(things)
@@ -91,6 +154,14 @@ def test_layout(split: pocket.Split) -> None:
             row, column = thing.cell
             assert thing.quadrant == QUADRANTS[2 * (row > 1) + (column > 1)]
             assert thing.patches.any()
+        for sign in signs:
+            left, top, right, bottom = sign.box
+            assert 0 <= left < right <= SIDE
+            assert 0 <= top < bottom <= SIDE
+            taken[top:bottom, left:right] += 1
+            for one in sign.digits:
+                assert left <= one[0] < one[2] <= right
+                assert top <= one[1] < one[3] <= bottom
         assert taken.max() == 1
 
 
@@ -109,13 +180,25 @@ def test_pixels_show_the_objects() -> None:
 def test_object_mask() -> None:
     scene = SCENES[0]
     expected = np.zeros((8, 8), bool)
-    for thing in scene.objects:
+    for thing in [*scene.objects, *([scene.sign] if scene.sign else [])]:
         area = np.zeros((SIDE, SIDE))
         left, top, right, bottom = thing.box
         area[top:bottom, left:right] = 1
         expected |= area.reshape(8, 8, 8, 8).mean((1, 3)) > 0.25
     assert (scene.object_mask == expected).all()
-    assert 0.1 < np.mean([other.object_mask for other in SCENES]) < 0.25
+    assert 0.1 < np.mean([other.object_mask for other in SCENES]) < 0.3
+
+
+def test_an_oracle_shares_a_budget_among_all_objects() -> None:
+    for scene in SCENES[:50]:
+        scores = scene.object_scores
+        assert ((scores > 0) == scene.object_mask).all()
+        things = [covered(thing.box) for thing in scene.objects]
+        things += [covered(box) for box in scene.sign.digits] if scene.sign else []
+        for thing in things:
+            assert scores[thing].max() == 1
+        best = np.argsort(-scores.reshape(-1), kind="stable")[: len(things) + 1]  # the plate, too
+        assert all(thing.reshape(-1)[best].any() for thing in things)
 
 
 def test_picture_is_the_image() -> None:
@@ -141,7 +224,7 @@ def test_splits_share_neither_pictures_nor_handwriting() -> None:
 
 def test_pictures_are_the_same_on_every_machine() -> None:
     """If this fails on purpose, the shipped weights no longer fit: train them again."""
-    assert digest(range(20), "test") == "b1977feedd394868"
+    assert digest(range(20), "test") == "d5bb3c77db3f6374"
 
 
 def test_draw_in_another_process_and_light_import() -> None:

@@ -72,8 +72,8 @@ def bench(
         DataError: a sample without answers.
         SpecError, UnknownNameError, BudgetError, UnsupportedError: a spec that cannot be used.
     """
-    masks = all(sample.mask is not None for sample in samples)
-    oracle = Given() if masks else None
+    known = all(sample.truth is not None for sample in samples)
+    oracle = Given() if known else None
     entrants = enter(specs, keeps, oracle)
     return compete(
         model,
@@ -104,7 +104,24 @@ def compete(
     text: Callable[[str], str] | None = None,
     progress: Callable[[int, int], None] = lambda done, all_of_them: None,
 ) -> Bench:
-    """`bench` with entrants of your own; the first must be vanilla. `oracle` scores are set."""
+    """`bench` with entrants of your own.
+
+    Args:
+        model: a model with an adapter, not attached; on the device to measure.
+        processor: its processor.
+        samples: what to ask; each needs answers.
+        entrants: who answers, e.g. of `enter`; the first must be vanilla.
+        oracle: the scorer of oracle entrants; it is given the truth of each batch.
+        name: of the model, for the files.
+        data: name of the data, for the files.
+        batch: questions in one `generate`.
+        max_new_tokens: longest answer.
+        text: from a question to a prompt; None for the processor's chat template.
+        progress: is told how many answers of how many are in.
+
+    Raises:
+        DataError: no samples, or one without answers.
+    """
     from .. import __version__
     from .prompting import prompter
 

@@ -105,7 +105,7 @@ def ask(
         text: from a question to the prompt with its placeholder.
         batch: questions in one `generate`.
         max_new_tokens: longest answer.
-        oracle: the scores of oracle entrants; set to the masks of each batch.
+        oracle: the scores of oracle entrants; set to the truth of each batch.
         progress: is told after each batch of an entrant how many questions were answered.
     """
     records = [Record() for _ in entrants]
@@ -134,8 +134,8 @@ def _batches(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]
 
 
 def _known(sample: Sample) -> Tensor:
-    assert sample.mask is not None
-    return sample.mask.to(torch.float32)
+    assert sample.truth is not None
+    return sample.truth
 
 
 def _inputs(

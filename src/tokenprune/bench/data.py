@@ -33,8 +33,8 @@ class Sample:
         answers: each is right; ten or more are those of annotators, as in VQAv2. May be empty.
         type: what kind of question; results are reported for each apart.
         group: names the picture: samples of one group are not independent.
-        mask: `(patches,)` bool, which patches of the model's grid show what is asked about, for
-            the oracle; None where nobody knows.
+        truth: `(patches,)` float32, how much each patch of the model's grid matters, for the
+            oracle; None where nobody knows.
     """
 
     id: str
@@ -43,7 +43,7 @@ class Sample:
     answers: tuple[str, ...] = ()
     type: str = "all"
     group: str = ""
-    mask: Tensor | None = None
+    truth: Tensor | None = None
 
     def picture(self) -> Image.Image:
         """The picture in RGB.
@@ -105,13 +105,13 @@ def pocket(full: bool = False) -> list[Sample]:
     samples = []
     for number in range(500):
         scene = draw(number)
-        mask = torch.from_numpy(scene.object_mask.reshape(-1))
+        truth = torch.from_numpy(scene.object_scores.reshape(-1))
         for place, one in enumerate(questions(scene)):
             if (place + 2 * number) % 5 < 2:  # types take turns, yes and no too
                 name = f"pocket-{number}-{place}"
                 group = f"pocket-{number}"
                 samples.append(
-                    Sample(name, scene.picture, one.text, (one.answer,), one.type, group, mask)
+                    Sample(name, scene.picture, one.text, (one.answer,), one.type, group, truth)
                 )
     return samples if full else _spread(samples, 300)
 

@@ -26,6 +26,8 @@ COLOURS = {
 DIGITS = ("one", "three", "four", "six")
 KINDS = ("circle", "square", "triangle", "star", "cross", "ring", *DIGITS)
 CLUTTER = ("diamond", "bar", "post")
+TEXTURES = ("plain", "striped", "lined", "checked")
+PLATE = "plate"
 
 _FINE = 4  # sub-pixels a side when a shape's coverage is sampled
 
@@ -35,9 +37,10 @@ class Stroke:
     """One thing to paint.
 
     Attributes:
-        kind: a name of `KINDS` or `CLUTTER`.
+        kind: a name of `KINDS` or `CLUTTER`, or `PLATE`.
         rgb: its colour, 0 to 255.
-        box: (left, top, right, bottom) in pixels, right and bottom exclusive, a square.
+        box: (left, top, right, bottom) in pixels, right and bottom exclusive; a square for all but
+            a plate.
         variant: which handwriting, for digits; other kinds ignore it.
     """
 
@@ -47,13 +50,15 @@ class Stroke:
     variant: int = 0
 
 
-def paint(strokes: Sequence[Stroke], rng: np.random.Generator, split: Split) -> NDArray[np.uint8]:
-    """Paint `strokes` in order on a noise background.
+def paint(
+    strokes: Sequence[Stroke], texture: str, rng: np.random.Generator, split: Split
+) -> NDArray[np.uint8]:
+    """Paint `strokes` in order on a noise background with a texture of `TEXTURES`.
 
     Returns:
         `(64, 64, 3)` uint8, red-green-blue.
     """
-    canvas = _background(rng)
+    canvas = _background(rng) + _texture(texture, rng)
     for stroke in strokes:
         left, top, right, bottom = stroke.box
         alpha = _alpha(stroke, split)
@@ -74,6 +79,18 @@ def _background(rng: np.random.Generator) -> Floats:
     return canvas
 
 
+def _texture(name: str, rng: np.random.Generator) -> Floats:
+    """`(64, 64)` of +-strength: stripes stand, lines lie, two pixels wide."""
+    strength = int(rng.integers(9, 15))
+    dark = (np.arange(SIDE) + int(rng.integers(4))) // 2 % 2
+    still = np.zeros(SIDE, dark.dtype)
+    column = dark if name in ("lined", "checked") else still
+    row = dark if name in ("striped", "checked") else still
+    weave: Floats = (1 - 2 * (column[:, None] ^ row)).astype(np.float32)
+    weave *= strength if name != "plain" else 0
+    return weave
+
+
 @cache
 def _stretch(nodes: int) -> Floats:
     """`(64, nodes)` weights of a linear interpolation; all are multiples of 1/16, hence exact."""
@@ -86,7 +103,10 @@ def _stretch(nodes: int) -> Floats:
 
 
 def _alpha(stroke: Stroke, split: Split) -> Floats:
-    size = stroke.box[2] - stroke.box[0]
+    left, top, right, bottom = stroke.box
+    size = right - left
+    if stroke.kind == PLATE:
+        return np.ones((bottom - top, size), np.float32)
     if stroke.kind in DIGITS:
         return _digit(stroke.kind, stroke.variant, size, split)
     return _shape(stroke.kind, size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +11,13 @@ from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
 from .loop import Stage, Step
-from .model import BOS, EOS, FEATURE_LAYER, IMAGE, PAD, TOKENS, VOCABULARY
+from .model import BOS, EOS, FEATURE_LAYER, IMAGE, TOKENS, VOCABULARY
 from .task import Question, Scene, draw, questions
 from .tower import pixels
 
 _INDEX = {word: index for index, word in enumerate(VOCABULARY)}
 _PREFIX = (BOS, _INDEX["user:"], *[IMAGE] * TOKENS)
-_TURN = 9  # words of the longest question, its "assistant:" and its answer
+_START = len(_PREFIX)
 
 
 class LanguageLessons(nn.Module):
@@ -40,36 +41,34 @@ class LanguageLessons(nn.Module):
 
         Args:
             scenes: pictures.
-            asked: for every scene equally many questions.
+            asked: questions about each.
             places: `(scenes, 64)` int64, position ids of the visual tokens, counted from 0.
 
         Returns:
             The cross-entropy of answers and ends, and the fraction of answers that are right.
         """
-        count = len(asked[0])
-        turns, lengths = _turns(asked)
+        turns = _turns(asked)
         prefix = torch.tensor(_PREFIX).expand(len(scenes), -1)
-        ids = torch.cat([prefix, turns.flatten(1)], 1)
+        ids = torch.cat([prefix, turns.words], 1)
         with torch.no_grad():
             tower = self.model.model.vision_tower(pixels(scenes), output_hidden_states=True)
         visual = self.model.model.multi_modal_projector(tower.hidden_states[FEATURE_LAYER][:, 1:])
         words = self.model.get_input_embeddings()(ids)
-        start = len(_PREFIX)
-        embeddings = torch.cat([words[:, : start - TOKENS], visual, words[:, start:]], 1)
+        embeddings = torch.cat([words[:, : _START - TOKENS], visual, words[:, _START:]], 1)
         hidden = self.model.model.language_model(
             inputs_embeds=embeddings,
-            attention_mask=_shared_prefix(count),
-            position_ids=_positions(places, count),
+            attention_mask=_shared_prefix(turns.number),
+            position_ids=_positions(places, turns.place),
             use_cache=False,
-        ).last_hidden_state[:, start:]
+        ).last_hidden_state[:, _START:]
 
-        hidden = hidden.unflatten(1, (count, _TURN)).flatten(0, 1)
-        rows = torch.arange(len(hidden))
-        answers = turns.flatten(0, 1)[rows, lengths - 1]
-        logits = self.model.lm_head(hidden[rows, lengths - 2])
-        ends = self.model.lm_head(hidden[rows, lengths - 1])
+        # The word before an answer predicts the answer, which predicts the end.
+        rows, ends = turns.answers
+        answers = turns.words[rows, ends]
+        logits = self.model.lm_head(hidden[rows, ends - 1])
+        stops = self.model.lm_head(hidden[rows, ends])
         loss = functional.cross_entropy(logits, answers)
-        loss = loss + functional.cross_entropy(ends, torch.full_like(answers, EOS))
+        loss = loss + functional.cross_entropy(stops, torch.full_like(answers, EOS))
         return loss, (logits.argmax(-1) == answers).float().mean().item()
 
 
@@ -81,7 +80,8 @@ def lessons(module: LanguageLessons, stage: Stage, seed: int) -> Step:
         scenes = [draw(start + i, "train") for i in range(stage.batch)]
         random = torch.Generator().manual_seed(start)
         places = stretched(stage.batch, random)
-        asked = [questions(scene, 0) + questions(scene, 1) for scene in scenes]
+        # A second variant repeats no question, such as the one for the count.
+        asked = [tuple(dict.fromkeys(questions(one, 0) + questions(one, 1))) for one in scenes]
         loss, accuracy = module(scenes, asked, places)
         return loss, accuracy
 
@@ -89,43 +89,61 @@ def lessons(module: LanguageLessons, stage: Stage, seed: int) -> Step:
 
 
 def stretched(rows: int, random: torch.Generator) -> Tensor:
-    """Position ids of visual tokens, `(rows, 64)` int64: half the rows plain, half jittered.
+    """Position ids of visual tokens, `(rows, 64)` int64: a quarter of the rows plain, others not.
 
-    Jittered ids stay in order but advance by 0, 1 or 2, on average by between 0.2 and 1.8 in a
+    Jittered ids stay in order but advance by 0, 1 or 2, on average by between 0.1 and 1.9 in a
     row. All tokens are there; only their ids no longer tell where in the picture they lie, and
     the model learns to read that from the features.
     """
-    rate = 0.1 + 0.8 * torch.rand(rows, 1, 1, generator=random)
+    rate = 0.05 + 0.9 * torch.rand(rows, 1, 1, generator=random)
     gaps = (torch.rand(rows, TOKENS, 2, generator=random) < rate).sum(-1)
-    gaps[: rows // 2] = 1
+    gaps[: rows // 4] = 1
     return gaps.cumsum(1) - gaps[:, :1]
 
 
-def _turns(asked: Sequence[Sequence[Question]]) -> tuple[Tensor, Tensor]:
-    """Token ids `(scenes, questions, 9)`, padded on the right; lengths `(scenes * questions)`."""
-    turns = torch.full((len(asked), len(asked[0]), _TURN), PAD)
-    lengths = []
-    for rows, several in zip(turns, asked, strict=True):
-        for row, question in zip(rows, several, strict=True):
+@dataclass(frozen=True)
+class Turns:
+    """Questions and answers of each picture, one after the other, padded on the right.
+
+    Attributes:
+        words: `(scenes, length)` int64 token ids.
+        number: `(scenes, length)` int64, which turn a word belongs to, from 1; 0 is padding.
+        place: `(scenes, length)` int64, of a word in its turn, from 0.
+        answers: two times `(questions,)` int64, rows and columns of the answers.
+    """
+
+    words: Tensor
+    number: Tensor
+    place: Tensor
+    answers: tuple[Tensor, Tensor]
+
+
+def _turns(asked: Sequence[Sequence[Question]]) -> Turns:
+    columns, rows, ends = [], [], []
+    for row, several in enumerate(asked):
+        column = []
+        for number, question in enumerate(several, 1):
             words = [*question.text.split(), "assistant:", question.answer]
-            row[: len(words)] = torch.tensor([_INDEX[word] for word in words])
-            lengths.append(len(words))
-    return turns, torch.tensor(lengths)
+            column += [(_INDEX[word], number, place) for place, word in enumerate(words)]
+            rows.append(row)
+            ends.append(len(column) - 1)
+        columns.append(torch.tensor(column))
+    packed = nn.utils.rnn.pad_sequence(columns, batch_first=True)  # PAD is 0
+    answers = torch.tensor(rows), torch.tensor(ends)
+    return Turns(packed[..., 0], packed[..., 1], packed[..., 2], answers)
 
 
-def _shared_prefix(count: int) -> Tensor:
-    """Additive mask `(1, 1, length, length)`: causal, and blind to other questions."""
-    start = len(_PREFIX)
-    turn = torch.cat([torch.zeros(start), 1 + torch.arange(count).repeat_interleave(_TURN)])
-    seen = torch.ones(len(turn), len(turn), dtype=torch.bool).tril()
-    seen &= (turn[None] == 0) | (turn[None] == turn[:, None])
-    return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[None, None]
+def _shared_prefix(number: Tensor) -> Tensor:
+    """Additive mask `(scenes, 1, length, length)`: causal, and blind to other questions."""
+    turn = functional.pad(number, (_START, 0))
+    length = turn.shape[1]
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    seen = seen & ((turn[:, None] == 0) | (turn[:, None] == turn[:, :, None]))
+    return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[:, None]
 
 
-def _positions(places: Tensor, count: int) -> Tensor:
-    """`(scenes, length)` int64: where each token is, every question right after the prefix."""
-    before = len(_PREFIX) - TOKENS
-    text = torch.arange(before).expand(len(places), -1)
-    visual = before + places
-    turn = visual[:, -1:] + 1 + torch.arange(_TURN)
-    return torch.cat([text, visual, turn.repeat(1, count)], 1)
+def _positions(places: Tensor, words: Tensor) -> Tensor:
+    """`(scenes, length)` int64: the prefix once, then every question right behind it."""
+    before = torch.arange(_START - TOKENS).expand(len(places), -1)
+    visual = before.shape[1] + places
+    return torch.cat([before, visual, visual[:, -1:] + 1 + words], 1)

@@ -45,8 +45,21 @@ class Stage:
         return self.rate * (1 + math.cos(math.pi * step / self.steps)) / 2
 
 
-def train(stage: Stage, module: nn.Module, step: Step, folder: Path, every: float = 60.0) -> float:
-    """Train what in `module` requires gradients, in place, and return the CPU seconds it took.
+@dataclass(frozen=True)
+class Log:
+    """What training took and how it went.
+
+    Attributes:
+        seconds: of CPU time.
+        curve: (step, loss, accuracy), running means, every 50 steps.
+    """
+
+    seconds: float
+    curve: list[tuple[int, float, float]]
+
+
+def train(stage: Stage, module: nn.Module, step: Step, folder: Path, every: float = 60.0) -> Log:
+    """Train what in `module` requires gradients, in place.
 
     Progress is kept in `folder` every so many seconds. A call that finds it there continues, and
     because a step depends on its number alone, it ends with the weights of an undisturbed run.
@@ -60,10 +73,14 @@ def train(stage: Stage, module: nn.Module, step: Step, folder: Path, every: floa
     )
     file = folder / f"{stage.name}.pt"
     first, spent = 0, -time.process_time()
+    mean_loss = mean_accuracy = 0.0
+    curve: list[tuple[int, float, float]] = []
     if file.exists():
         state = torch.load(file, weights_only=True)
         first = state["step"]
         spent += state["seconds"]
+        curve = [tuple(point) for point in state["curve"]]
+        mean_loss, mean_accuracy = state["means"]
         optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
             for name, parameter in weights.items():
@@ -75,6 +92,8 @@ def train(stage: Stage, module: nn.Module, step: Step, folder: Path, every: floa
             "seconds": spent + time.process_time(),
             "optimizer": optimizer.state_dict(),
             "weights": weights,
+            "curve": curve,
+            "means": (mean_loss, mean_accuracy),
         }
         partial = file.with_suffix(".partial")
         torch.save(state, partial)
@@ -88,7 +107,6 @@ def train(stage: Stage, module: nn.Module, step: Step, folder: Path, every: floa
     )
     module.train()
     saved = time.monotonic()
-    mean_loss = mean_accuracy = 0.0
     with Progress(*columns) as progress:
         bar = progress.add_task(stage.name, total=stage.steps, completed=first, measures="")
         for number in range(first, stage.steps):
@@ -100,9 +118,11 @@ def train(stage: Stage, module: nn.Module, step: Step, folder: Path, every: floa
             nn.utils.clip_grad_norm_(weights.values(), 1.0)
             optimizer.step()
 
-            fresh = max(0.02, 1 / (number - first + 1))
+            fresh = max(0.02, 1 / (number + 1))
             mean_loss += fresh * (loss.item() - mean_loss)
             mean_accuracy += fresh * (accuracy - mean_accuracy)
+            if (number + 1) % 50 == 0:
+                curve.append((number + 1, round(mean_loss, 4), round(mean_accuracy, 4)))
             measures = f"loss {mean_loss:.3f}  accuracy {mean_accuracy:.3f}"
             progress.update(bar, advance=1, measures=measures)
             if (number + 1) % 100 == 0 and not progress.console.is_terminal:
@@ -112,4 +132,4 @@ def train(stage: Stage, module: nn.Module, step: Step, folder: Path, every: floa
                 saved = time.monotonic()
     save(stage.steps)
     module.eval()
-    return spent + time.process_time()
+    return Log(spent + time.process_time(), curve)

@@ -42,7 +42,7 @@ _CHAT = (
 
 
 def config() -> LlavaConfig:
-    """Six vision layers, the stock projector, six language layers, all 96 channels wide."""
+    """Six vision layers, the stock projector, eight language layers, all 96 channels wide."""
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
@@ -57,7 +57,7 @@ def config() -> LlavaConfig:
         vocab_size=len(VOCABULARY),
         hidden_size=WIDTH,
         intermediate_size=256,
-        num_hidden_layers=6,
+        num_hidden_layers=8,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,
