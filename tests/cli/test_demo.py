@@ -38,11 +38,11 @@ def test_demo(tokenprune: Command, tmp_path: Path) -> None:
 def test_the_default_picture_does_what_readme_says(tokenprune: Command, tmp_path: Path) -> None:
     output = tokenprune("demo", "--out", tmp_path, "--runs", 0).output
     total = next(line for line in output.splitlines() if line.startswith("right"))
-    vanilla, keep28, keep14, keep7, random7 = map(int, re.findall(r"(\d) of 6", total))
-    assert vanilla == keep28 == keep14 == 6
-    assert (keep7, random7) == (6, 2)
+    vanilla, keep28, keep14, keep7, random7 = map(int, re.findall(r"(\d+) of 11", total))
+    assert (vanilla, keep28, keep14, keep7, random7) == (11, 11, 10, 9, 4)
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert "answers all six questions about this picture, with 7 random ones two" in " ".join(
-        readme.split()
+    assert (
+        "answers nine of the eleven questions about this picture, with 7 random ones four"
+        in " ".join(readme.split())
     )
     assert "time to first token" not in output
