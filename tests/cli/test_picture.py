@@ -153,7 +153,7 @@ def test_crops_of_an_any_resolution_model(per: str) -> None:
     [
         (("--prune", "nope"), "unknown"),
         (("--heat", "--prune", "tome(3)"), "'tome(3)' does not start with a scorer"),
-        (("--prune", "fastv | evict(0.5) @ after-layer(99)"), "has no layer behind it"),
+        (("--prune", "fastv | evict(0.5) @ after-layer(99)"), "does this model have such layers?"),
         (("--out", "p.xyz"), "cannot write a picture to p.xyz"),
     ],
 )

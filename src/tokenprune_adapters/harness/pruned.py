@@ -112,7 +112,8 @@ class Pruned:
             before, report = self._account.latest, self._attachment.report
             if _pictures(arguments) and report.calls == before.calls:
                 raise UnsupportedError(
-                    f"{self._attachment.spec!r} reduced nothing of a prompt with pictures"
+                    f"{self._attachment.spec!r} reduced nothing of a prompt with pictures; does "
+                    "this model have such layers?"
                 )
             self._account.add(report)
         return output

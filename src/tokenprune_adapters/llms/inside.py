@@ -58,13 +58,6 @@ class ReduceInside(NotCopyable):
         self.stages = stages
         self.store = store
         self.record = record
-        deepest = len(llm.layers) - 1
-        for start in stages:
-            if start > deepest:
-                raise UnsupportedError(
-                    f"after-layer({start}) has no layer behind it: the {type(llm).__name__} has "
-                    f"{len(llm.layers)}, so the latest place is after-layer({deepest})"
-                )
         self.watched = {
             layer
             for start, stage in stages.items()

@@ -136,7 +136,7 @@ def test_a_schedule_with_commas_quotes_and_bars_in_the_simple_mode(harness: Harn
     [
         ("vtc-clz(keep=5)", "UnknownNameError: unknown strategy 'vtc-clz'"),
         ("vtc-cls(keep=5", r") is missing in model_args"),
-        ("cls-attention | evict(5) @ after-layer(99)", "has no layer behind it"),
+        ("cls-attention | evict(5) @ after-layer(99)", "does this model have such layers?"),
     ],
 )
 def test_a_spec_that_cannot_work_ends_non_zero(harness: Harness, prune: str, words: str) -> None:
