@@ -155,7 +155,7 @@ def test_what_is_wrong_with_all_rows_is_raised(rows_file: Path) -> None:
     checkpoint, root = str(pocket.CHECKPOINT), str(rows_file.parent)
     with pytest.raises(tokenprune.UnsupportedError, match="cannot supply PoolAttention"):
         Answerer(checkpoint, "pool-attention | evict(3)", root=root)(first)
-    with pytest.raises(tokenprune.UnsupportedError, match="has no layer behind it"):
+    with pytest.raises(tokenprune.UnsupportedError, match="has the model fewer layers"):
         Answerer(checkpoint, "uniform | evict(3) @ after-layer(99)", root=root)(first)
     with pytest.raises(WorkerError, match="rows need a column 'image', got prompt"):
         Answerer(checkpoint)({"prompt": ["what ?"]})

@@ -54,7 +54,7 @@ def test_the_search_stops_where_a_method_has_failed(shipped, prompts):
 
 
 def test_nothing_is_found_where_nothing_reaches_the_floor(shipped, prompts):
-    tuned = tune(*shipped, prompts, floor=0.9, specs=["random | evict(2)"], **options())
+    tuned = tune(*shipped, prompts, floor=0.9, specs=["random"], **options(keeps=(0.06,)))
     assert tuned.best is None
     assert tuned.confirmed == ()
 

@@ -227,7 +227,9 @@ def _entries(model: _Model, inputs: Mapping[str, torch.Tensor], cases: int) -> l
     assert model.pruned is not None
     images = model.pruned.report.images
     if not images:  # a batch job that compresses nothing is not what anybody asked for
-        raise UnsupportedError(f"{model.pruned.spec!r} reduced no picture")
+        raise UnsupportedError(
+            f"{model.pruned.spec!r} reduced no picture; has the model fewer layers than it names?"
+        )
     if len(images) == cases:
         return [1] * cases
     return [1 + math.prod(model.loaded.tiles(size)) for size in inputs["image_sizes"]]

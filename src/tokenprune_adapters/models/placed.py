@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -138,7 +139,7 @@ def before_llm(stages: tuple[Stage, ...]) -> Stage | None:
 
 
 def _inside_llm(stages: tuple[Stage, ...], layers: int) -> dict[int, Stage]:
-    """Stages by the layer that they start at; one after the last layer has nothing to do."""
+    """Stages by the layer that they start at; one after the last layer does nothing but warn."""
     found: dict[int, Stage] = {}
     for stage in stages:
         if not isinstance(stage.placement, AfterLayer):
@@ -148,6 +149,11 @@ def _inside_llm(stages: tuple[Stage, ...], layers: int) -> dict[int, Stage]:
             raise UnsupportedError(
                 f"two stages at after-layer({start}); join them into one: "
                 f"{shown(found[start].strategy)} | {shown(stage.strategy)}"
+            )
+        if start >= layers:
+            warnings.warn(
+                f"{shown(stage)!r} reduces nothing: the LLM has {layers} layers",
+                stacklevel=2,
             )
         found[start] = stage
     return {start: found[start] for start in sorted(found) if start < layers}

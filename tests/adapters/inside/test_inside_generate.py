@@ -167,7 +167,9 @@ def test_keeping_everything_or_starting_too_late_is_vanilla_bit_for_bit(
     vanilla = generate(model, collate(prompts()))
     for by in ("last", "cls"):
         each = [spec(keep, layer, by, positions) for keep, layer in stages]
-        answer = reduced(model, *each, steps=6)
+        late = any(layer >= 3 for _, layer in stages)
+        with pytest.warns(match="reduces nothing: the LLM has 3") if late else nullcontext():
+            answer = reduced(model, *each, steps=6)
         assert torch.equal(answer.text, vanilla.text)
         assert torch.equal(answer.logits, vanilla.logits)
 
