@@ -110,9 +110,19 @@ def combine(folders: list[Path]) -> dict[str, Any]:
         "device": first["device"],
         "versions": first["versions"],
         "models": len(folders),
+        "seeds": [_seed(bench["model"]) for bench in benches],
         "rows": rows,
         "comparisons": _compare(answers),
     }
+
+
+def _seed(checkpoint: str) -> int:
+    """The training seed of a model, from its own results."""
+    from tokenprune_adapters.pocket import CHECKPOINT
+
+    folder = CHECKPOINT if checkpoint == "pocket" else Path(checkpoint)
+    seed: int = json.loads((folder / "results.json").read_text())["training"]["seed"]
+    return seed
 
 
 class Replies:
@@ -236,8 +246,9 @@ favours [CLS]. Nothing here was tuned to agree with a paper. What the miniature 
 it is a model that can really answer, on which every method, budget and placement runs in a minute.
 
 Written by `make results` from {models} of the same recipe ({seeds}; only the first is
-shipped), {questions:,} questions about {pictures} pictures, tokenprune {tokenprune}, torch {torch},
-transformers {transformers}. Nothing on this page is typed in, but the published figures at its end.
+shipped, the better of seeds 0 and 1 without compression), {questions:,} questions about {pictures}
+pictures, tokenprune {tokenprune}, torch {torch}, transformers {transformers}.
+Nothing on this page is typed in, but the published figures at its end.
 
 - **Accuracy** in percent is the mean over nine types of question, each of the same weight, averaged
   over the models. **±** is its standard error, clustered by picture. In brackets: the lowest and
@@ -261,7 +272,7 @@ def _facts(data: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
     return {
         "millions": f"{training['training']['parameters'] / 1e6:.1f}",
         "models": f"{count} models" if count > 1 else "one model",
-        "seeds": f"training seeds 0 to {count - 1}" if count > 1 else "training seed 0",
+        "seeds": f"training seeds {', '.join(map(str, data['seeds']))}",
         "questions": data["data"]["questions"],
         "pictures": data["data"]["pictures"],
         "vanilla": _cell(rows["vanilla"]),
@@ -386,8 +397,9 @@ def _training(training: dict[str, Any]) -> str:
     return f"""\
 ## How the models were trained
 
-`make train` (seed 0) or `make train SEED=1`: {facts["cpu_minutes"]} minutes of one CPU core for the
-shipped one. The log is in the checkpoint's `results.json`; the model card says which losses.
+`make train` (the shipped one, seed {facts["seed"]}) or `make train SEED=0`: {facts["cpu_minutes"]}
+minutes of one CPU core. The log is in the checkpoint's `results.json`; the model card says which
+losses.
 
 ![training curves](../images/results-training.png)"""
 

@@ -26,6 +26,7 @@ from ..bench.data import DataError, Sample
 from ..bench.prompting import prompter
 from ..bench.scoring import Mean, mean
 from ..errors import ShapeError, SpecError, UnknownNameError, UnsupportedError
+from ..jsonable import jsonable
 from ..placement import BeforeLLM, Placement
 from ..plugins import registry
 from ..reducers import Evict
@@ -127,7 +128,7 @@ class Consistency:
     def write(self, folder: Path) -> None:
         """Write `analyze.json` into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_plain({"format": FORMAT, **asdict(self)}), indent=1)
+        text = json.dumps(jsonable({"format": FORMAT, **asdict(self)}), indent=1)
         (folder / "analyze.json").write_text(text + "\n")
 
 
@@ -442,14 +443,3 @@ def _mean(values: Tensor, groups: Sequence[str]) -> Mean:
     if not known:
         return Mean(math.nan, math.nan, 0)
     return mean([value for value, _ in known], [group for _, group in known])
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return value

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import TokenpruneError, UnsupportedError
+from ..errors import TokenpruneError
+from ..figures import COLOURS, MARKS, figure
 from ..scorers import ClsAttentionScorer
 from .layers import RANDOM, Consistency, Curve, Measure, Queries, scorer_of
 
@@ -15,10 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # K is an order, so its lines are shades of one scale (viridis, which colour-blind people read as
-# dark to light); other scorers are in Okabe and Ito's palette. Each line has a mark of its own.
+# dark to light).
 _SCALE = "viridis"
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _GRAY = "#777777"
 _MANY = 16  # layers, from which on error bars would hide the lines
 _ASKING: dict[Queries, str] = {
@@ -43,27 +42,21 @@ def plot(result: Consistency, folder: Path) -> list[Path]:
     Raises:
         UnsupportedError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UnsupportedError(
-            f"plots need matplotlib: pip install 'tokenprune-vlm[plot]' ({error})"
-        ) from error
     folder.mkdir(parents=True, exist_ok=True)
     panels = _panels(result)
     asked = [each for each in _ASKING if result.curve("", "share", each).mean.questions]
     wide = 3.3 if _depth(result) <= _MANY else 4
     size = wide * len(panels) + 0.4, 2.8 * len(asked) + 1
-    figure = Figure(figsize=size, dpi=130, layout="constrained")
-    _by_layer(result, panels, asked, figure)
+    canvas = figure(*size)
+    _by_layer(result, panels, asked, canvas)
     written = [folder / "consistency.png"]
-    figure.savefig(written[0])
+    canvas.savefig(written[0])
     ensembles = _ensembles(result)
     if len(ensembles) > 1:
-        figure = Figure(figsize=(3.6 * (len(panels) - 1), 3.7), dpi=130, layout="constrained")
-        _over_k(result, panels[:-1], asked, ensembles, figure)
+        canvas = figure(3.6 * (len(panels) - 1), 3.7)
+        _over_k(result, panels[:-1], asked, ensembles, canvas)
         written.append(folder / "over_k.png")
-        figure.savefig(written[1])
+        canvas.savefig(written[1])
     return written
 
 
@@ -129,8 +122,8 @@ def _over_k(
     figure: Figure,
 ) -> None:
     styles: dict[Queries, Any] = {
-        "output": {"color": _COLOURS[0], "marker": "o"},
-        "last": {"color": _COLOURS[1], "marker": "s"},
+        "output": {"color": COLOURS[0], "marker": "o"},
+        "last": {"color": COLOURS[1], "marker": "s"},
     }
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, panel in zip(row, panels, strict=True):
@@ -197,12 +190,12 @@ def _style(scorer: str, result: Consistency) -> dict[str, Any]:
             return {**_marked(place), "color": shade, "label": label}
     others = [each for each in result.scorers if each not in ensembles.values()]
     place = others.index(scorer)
-    colour = _COLOURS[place % len(_COLOURS)]
+    colour = COLOURS[place % len(COLOURS)]
     return {**_marked(place + len(ensembles)), "color": colour, "label": scorer}
 
 
 def _marked(place: int) -> dict[str, Any]:
-    return {"marker": _MARKS[place % len(_MARKS)], "markersize": 5, "linewidth": 1.4}
+    return {"marker": MARKS[place % len(MARKS)], "markersize": 5, "linewidth": 1.4}
 
 
 def _ensembles(result: Consistency) -> dict[int, str]:

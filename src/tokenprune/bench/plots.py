@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnsupportedError
+from ..figures import COLOURS, MARKS, figure
 from .result import Bench, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which colour-blind people can tell apart; each with a mark of its own.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_MARKS = ("o", "s", "^", "D", "v", "P")
 _GRAYS = {"random": "#444444", "uniform": "#777777", "pool": "#aaaaaa"}
 _LINES = {"random": "--", "uniform": "-.", "pool": ":", "oracle": "-", "inverted": "--"}
 
@@ -26,24 +23,18 @@ def plot(bench: Bench, folder: Path) -> list[Path]:
     Raises:
         UnsupportedError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UnsupportedError(
-            f"plots need matplotlib: pip install 'tokenprune-vlm[plot]' ({error})"
-        ) from error
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, draw in (("accuracy", _accuracy), ("pareto", _pareto)):
-        figure = Figure(figsize=(7.2, 4.6), dpi=130, layout="constrained")
-        draw(bench, figure)
+        empty = figure(7.2, 4.6)
+        draw(bench, empty)
         written.append(folder / f"{name}.png")
-        figure.savefig(written[-1])
+        empty.savefig(written[-1])
     return written
 
 
-def _accuracy(bench: Bench, figure: Figure) -> None:
-    axes = figure.subplots()
+def _accuracy(bench: Bench, canvas: Figure) -> None:
+    axes = canvas.subplots()
     vanilla = bench.rows[0]
     whole = vanilla.tokens[-1][1]
     for label, rows in _curves(bench.rows).items():
@@ -69,8 +60,8 @@ def _accuracy(bench: Bench, figure: Figure) -> None:
     _finish(axes, bench)
 
 
-def _pareto(bench: Bench, figure: Figure) -> None:
-    axes = figure.subplots()
+def _pareto(bench: Bench, canvas: Figure) -> None:
+    axes = canvas.subplots()
     vanilla = bench.rows[0]
     for label, rows in _curves(bench.rows).items():
         if rows[0].kind == "control":
@@ -139,7 +130,7 @@ def _style(label: str, kind: str, rows: Sequence[Row]) -> dict[str, Any]:
     inside = " @ " in label
     if kind == "method":
         place = list(dict.fromkeys(row.label for row in rows if row.kind == "method")).index(label)
-        colour, mark = _COLOURS[place % len(_COLOURS)], _MARKS[place % len(_MARKS)]
+        colour, mark = COLOURS[place % len(COLOURS)], MARKS[place % len(MARKS)]
         return {"color": colour, "marker": mark, "linewidth": 2, "markersize": 6}
     name = label.partition(" ")[0]
     line, colour = _LINES.get(name, "-"), _GRAYS.get(name, "#b8a04a")

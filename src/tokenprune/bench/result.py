@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..budget import Keep
+from ..jsonable import jsonable
 from .asking import Record
 from .data import Sample
 from .entrants import Entrant
@@ -93,7 +94,7 @@ class Bench:
         for row in fields["rows"]:
             for one in row["types"].values():
                 one["accuracy"] = one.pop("value")
-        text = json.dumps(_plain({"format": FORMAT, **fields}), indent=1)
+        text = json.dumps(jsonable({"format": FORMAT, **fields}), indent=1)
         (folder / "bench.json").write_text(text + "\n")
         with (folder / "answers.jsonl").open("w", encoding="utf-8") as lines:
             for answer in self.answers:
@@ -216,14 +217,3 @@ def _beats(
         if not gain.value > 2 * gain.error:
             return False
     return True
-
-
-def _plain(value: Any) -> Any:
-    """JSON knows no NaN."""
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return value

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from ..bench.prompting import prompter
 from ..errors import TokenpruneError
 
 if TYPE_CHECKING:
@@ -33,17 +34,7 @@ class Loaded:
 
     def text(self, question: str) -> str:
         """`question` in the model's chat template; as it is where it holds a placeholder."""
-        if self.processor.image_token in question:
-            return question
-        if self.processor.chat_template is None:
-            raise CommandError(
-                "the checkpoint has no chat template; write the whole prompt with "
-                f"{self.processor.image_token} where the picture goes"
-            )
-        parts = [{"type": "image"}, {"type": "text", "text": question}]
-        turns = [{"role": "user", "content": parts}]
-        text: str = self.processor.apply_chat_template(turns, add_generation_prompt=True)
-        return text
+        return prompter(self.processor)(question)
 
     def grid(self, pixels: torch.Tensor) -> tuple[int, int]:
         """Patches in height and width of `(..., height, width)` pictures."""
