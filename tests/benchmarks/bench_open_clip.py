@@ -175,7 +175,7 @@ def drift(options: argparse.Namespace) -> Table:
     choices = 1 + len(COLOURS)
 
     def facts(scenes: list[pocket.Scene]) -> Tensor:
-        return nn.functional.one_hot(_facts(scenes), choices).flatten(1).float()
+        return nn.functional.one_hot(_facts(scenes)[0], choices).flatten(1).float()
 
     def embed(scenes: list[pocket.Scene]) -> Tensor:
         return torch.cat([tower(pixels(scenes[n : n + 100])) for n in range(0, len(scenes), 100)])
@@ -187,7 +187,7 @@ def drift(options: argparse.Namespace) -> Table:
     read = torch.linalg.solve(known.T @ known + ridge, known.T @ facts(lessons).to(wide)).float()
 
     tests = [pocket.draw(number) for number in range(options.pictures)]
-    truth = _facts(tests)
+    truth = _facts(tests)[0]
 
     def answers(embedded: Tensor) -> Tensor:
         scores = embedded @ read[:-1] + read[-1]

@@ -101,9 +101,9 @@ questions about a plain gray picture.
 - **What is salient is what most questions ask for.** [CLS] was trained on the very facts that most
   of the nine types are about, so compression by [CLS] attention is favoured there; texture and
   clutter are where it must lose. Report every type apart.
-- **Count** is read from the share of tokens that show objects, although the features number them: a
-  selection by salience, the oracle's too, makes it little better than a guess, while diverse or
-  merged tokens keep it. Where survives.
+- **Count** seems to be read from the share of tokens that show objects, although the features
+  number them: a selection by salience, the oracle's too, makes it little better than a guess, while
+  diverse or merged tokens keep it. Where survives.
 - It was trained on one-word answers: ask for `max_new_tokens=1`. With few visual tokens left it may
   add a second word instead of stopping.
 - The questions are easy and the pictures are sparse: about a quarter of the patches shows an object
