@@ -12,6 +12,9 @@ CHECKPOINTS ?= pocket
 SINGLE := OMP_NUM_THREADS=1
 PYTEST := $(SINGLE) $(BIN)/python -m pytest -n $(JOBS)
 EXAMPLES := docs/examples/tokenprune-sharpness docs/examples/tokenprune-pocketvlm
+# What needs lmms-eval, Ray or vLLM is tested by test-eval, test-ray and test-vllm.
+APART := $(addprefix --ignore=,tests/benchmarks tests/integrations \
+  $(addprefix src/tokenprune_adapters/,harness/llava_hf.py harness/video_llava.py vllm_serving/llava.py))
 VERSIONS := 5.4.0 5.19.0 newest
 
 .PRECIOUS: .venv-%/.ready
@@ -33,7 +36,7 @@ types: $(READY)  ## mypy, strict
 	$(BIN)/mypy
 
 unit: $(READY)  ## tests and doctests
-	$(PYTEST) tests src --doctest-modules --ignore=tests/benchmarks --ignore=tests/integrations --durations=10
+	$(PYTEST) tests src --doctest-modules $(APART) --durations=10
 
 docs: $(READY)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

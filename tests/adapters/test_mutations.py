@@ -209,8 +209,8 @@ def cls_column_not_skipped(patch: Patch) -> None:
 
 
 def _edit_rows(patch: Patch, change: Callable[[Tensor], Tensor]) -> None:
-    attention = hf_clip.attention
-    patch.setattr(hf_clip, "attention", lambda *args: change(attention(*args)))
+    attention = taps.attention
+    patch.setattr(taps, "attention", lambda *args: change(attention(*args)))
 
 
 def first_patch_taken_for_cls(patch: Patch) -> None:
@@ -234,8 +234,8 @@ def layers_up_to_the_end_of_the_tower(patch: Patch) -> None:
 def heads_torn_apart(patch: Patch) -> None:
     """Channels of one head taken for one channel of every head."""
 
-    attention = hf_clip.attention
-    patch.setattr(hf_clip, "attention", lambda *args: attention(*map(_torn, args)))
+    attention = taps.attention
+    patch.setattr(taps, "attention", lambda *args: attention(*map(_torn, args)))
 
 
 def _torn(x: Tensor) -> Tensor:

@@ -191,8 +191,8 @@ def _merged(reduction: Reduction) -> int:
 def scoring(spec: str) -> Stage:
     """The stage of `spec`, which may be a scorer alone; it reduces, but only scores are drawn.
 
-    >>> spec_of(scoring("fastv @ after-layer(2)"))
-    'fastv | evict(0.5) @ after-layer(2)'
+    >>> spec_of(scoring("fastv @ after-layer(3)"))
+    'fastv | evict(0.5) @ after-layer(layers=3)'
     """
     scorer, at, place = spec.partition("@")
     try:

@@ -2,7 +2,7 @@
 
 >>> scene = draw(7)
 >>> prompt(questions(scene)[3])
-'USER: <image> is there a blue six ? ASSISTANT:'
+'USER: <image> is there a red circle ? ASSISTANT:'
 
 `load` gives the model and its processor; importing this package imports neither torch nor
 transformers.

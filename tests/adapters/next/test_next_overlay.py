@@ -11,8 +11,8 @@ import transformers
 
 import tokenprune
 from support.llava_next import PATCH, SIDE, SIZES, Picture, Prompt, collate, kept, tiny_llava_next
+from tokenprune.cli.drawing import Seen
 from tokenprune.cli.loading import Loaded
-from tokenprune.cli.run import draw_overlay
 
 pytestmark = pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19),
@@ -38,10 +38,8 @@ def test_kept_patches_are_bright_where_they_are(
     inputs = collate([Prompt([1, 11, picture, 12])])
     with tokenprune.attach(loaded.model, f"cls-attention(layers=1) | evict(9) @ {stage}") as pruned:
         loaded.model(**inputs)
-    drawn = draw_overlay(loaded, inputs, pruned.last)
+    small = Seen.of(loaded, inputs).reduced(pruned.last, scale=1)
     down, across = loaded.tiles(torch.tensor(size))
-    times = drawn.height // (down * SIDE)
-    small = drawn.resize((drawn.width // times, drawn.height // times), 0)
     assert small.size == (SIDE + 6 + across * SIDE, down * SIDE)
     bright = kept(loaded.model, picture, 9, "image")  # type: ignore[arg-type]
     tokens = {token for token in picture.packed if token is not None}
@@ -51,7 +49,8 @@ def test_kept_patches_are_bright_where_they_are(
         left = 0 if crop == 0 else SIDE + 6 + tile % across * SIDE
         top = (down * SIDE - SIDE) // 2 if crop == 0 else tile // across * SIDE
         for patch in range((SIDE // PATCH) ** 2):
-            y, x = (PATCH * n for n in divmod(patch, SIDE // PATCH))
+            # In the middle, for a line runs along the border of what is kept.
+            y, x = (PATCH * n + PATCH // 2 for n in divmod(patch, SIDE // PATCH))
             pixels = picture.crops[crop, :, y, x] * 0.1 + 0.5
             seen = [round(float(value) * 255) for value in pixels]
             got = small.getpixel((left + x, top + y))
