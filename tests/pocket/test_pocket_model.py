@@ -152,7 +152,8 @@ def test_shared_prefix_trains_on_what_generate_computes(pocket_model) -> None:
             logs = model(**inputs).logits[0].log_softmax(-1)
             total -= logs[-3, ids[-2]] + logs[-2, ids[-1]]
         flags = [parameter.requires_grad for parameter in model.parameters()]
-        loss, _ = LanguageLessons(model)([scene], [asked], torch.arange(64)[None])
+        every = torch.arange(64)[None]
+        loss, _ = LanguageLessons(model)([scene], [asked], every, every)
         for parameter, flag in zip(model.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
     torch.testing.assert_close(loss, total / len(asked), atol=1e-5, rtol=1e-4)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tokenprune_adapters import pocket
 from tokenprune_adapters.pocket import language, train
 from tokenprune_adapters.pocket.loop import Stage
 
@@ -74,10 +75,25 @@ def test_rate_warms_up_and_falls_to_zero() -> None:
 
 
 def test_jittered_positions_keep_order_and_number() -> None:
-    places = language.stretched(40, torch.Generator().manual_seed(0))
-    assert places.shape == (40, 64)
-    assert torch.equal(places[:10], torch.arange(64).expand(10, -1))
-    gaps = places[10:].diff()
+    shown = torch.arange(64).expand(40, -1)
+    places = language.stretched(shown, torch.Generator().manual_seed(0))
+    assert places.shape == shown.shape
     assert (places[:, 0] == 0).all()
-    assert gaps.min() == 0
-    assert gaps.max() == 2
+    assert places.diff().unique().tolist() == [0, 1, 2]
+
+
+def test_copies_leave_no_patch_out_and_make_the_share_of_objects_vary() -> None:
+    scenes = [pocket.draw(seed) for seed in range(200)]
+    salient = torch.stack([torch.from_numpy(scene.object_mask).flatten() for scene in scenes])
+    random = torch.Generator().manual_seed(0)
+    before, after = salient.float().mean(1), []
+    for start in range(0, 200, 10):
+        shown = language.repeated(scenes[start : start + 10], random)
+        assert 64 <= shown.shape[1] <= 128
+        assert (shown.diff() >= 0).all()
+        assert all(set(row.tolist()) == set(range(64)) for row in shown)
+        masks = salient[start : start + 10]
+        after += [mask[row].float().mean() for mask, row in zip(masks, shown, strict=True)]
+    counts = torch.tensor([len(scene.objects) for scene in scenes]).float()
+    told = torch.corrcoef(torch.stack([counts, before, torch.stack(after)]))[0, 1:]
+    assert told[1] < 0.6 * told[0]

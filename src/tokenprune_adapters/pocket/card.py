@@ -77,12 +77,16 @@ curve is in `results.json`.
    clutter, the texture, and the row and column of the patch. So position, and a numbering of the
    objects, are in the features by construction.
 2. Projector and language model, {language_steps} steps of {language_batch} pictures with about
-   seventeen questions each, on answer and `</s>` only; the tower is frozen. **Jittered positions:**
-   for three quarters of the pictures the position ids of the visual tokens stay in order but
-   advance by 0, 1 or 2, so that the place of an object is better read from features than from
-   position ids.
+   seventeen questions each, on answer and `</s>` only; the tower is frozen. Every fourth step shows
+   the 64 visual tokens as they are. The others have **jittered positions**: the ids of the visual
+   tokens stay in order but advance by 0, 1 or 2, so that the place of an object is better read from
+   features than from position ids. And they have **copies**: up to 64 visual tokens appear more than
+   once, a share of them, from none to all, being such that show objects; so that the number of
+   objects is better read from features than from the share of tokens that show objects.
 
 The model never saw a compressed input: in training no visual token was dropped, merged or masked.
+Jitter and copies ready it for what compression leaves all the same: a model trained without them
+loses `where` and `count` under any selection of what is salient, an oracle's too.
 
 ## Results
 
@@ -101,9 +105,6 @@ questions about a plain gray picture.
 - **What is salient is what most questions ask for.** [CLS] was trained on the very facts that most
   of the nine types are about, so compression by [CLS] attention is favoured there; texture and
   clutter are where it must lose. Report every type apart.
-- **Count** seems to be read from the share of tokens that show objects, although the features
-  number them: a selection by salience, the oracle's too, makes it little better than a guess, while
-  diverse or merged tokens keep it. Where survives.
 - It was trained on one-word answers: ask for `max_new_tokens=1`. With few visual tokens left it may
   add a second word instead of stopping.
 - The questions are easy and the pictures are sparse: about a quarter of the patches shows an object

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
 from .loop import Stage, Step
-from .model import BOS, EOS, FEATURE_LAYER, IMAGE, TOKENS, VOCABULARY
+from .model import BOS, EOS, FEATURE_LAYER, TOKENS, VOCABULARY
 from .task import Question, Scene, draw, questions
 from .tower import pixels
 
 _INDEX = {word: index for index, word in enumerate(VOCABULARY)}
-_PREFIX = (BOS, _INDEX["user:"], *[IMAGE] * TOKENS)
-_START = len(_PREFIX)
+_PREFIX = (BOS, _INDEX["user:"])
 
 
 class LanguageLessons(nn.Module):
@@ -35,32 +35,38 @@ class LanguageLessons(nn.Module):
         model.lm_head.requires_grad_(True)
 
     def forward(
-        self, scenes: Sequence[Scene], asked: Sequence[Sequence[Question]], places: Tensor
+        self,
+        scenes: Sequence[Scene],
+        asked: Sequence[Sequence[Question]],
+        shown: Tensor,
+        places: Tensor,
     ) -> tuple[Tensor, float]:
         """Score the answers.
 
         Args:
             scenes: pictures.
             asked: questions about each.
-            places: `(scenes, 64)` int64, position ids of the visual tokens, counted from 0.
+            shown: `(scenes, tokens)` int64, the patches that the visual tokens show.
+            places: `(scenes, tokens)` int64, their position ids, counted from 0.
 
         Returns:
             The cross-entropy of answers and ends, and the fraction of answers that are right.
         """
         turns = _turns(asked)
-        prefix = torch.tensor(_PREFIX).expand(len(scenes), -1)
-        ids = torch.cat([prefix, turns.words], 1)
         with torch.no_grad():
             tower = self.model.model.vision_tower(pixels(scenes), output_hidden_states=True)
         visual = self.model.model.multi_modal_projector(tower.hidden_states[FEATURE_LAYER][:, 1:])
-        words = self.model.get_input_embeddings()(ids)
-        embeddings = torch.cat([words[:, : _START - TOKENS], visual, words[:, _START:]], 1)
+        visual = visual.take_along_dim(shown[..., None], 1)
+        words = self.model.get_input_embeddings()
+        before = words(torch.tensor(_PREFIX)).expand(len(scenes), -1, -1)
+        embeddings = torch.cat([before, visual, words(turns.words)], 1)
+        start = len(_PREFIX) + shown.shape[1]
         hidden = self.model.model.language_model(
             inputs_embeds=embeddings,
-            attention_mask=_shared_prefix(turns.number),
+            attention_mask=_shared_prefix(turns.number, start),
             position_ids=_positions(places, turns.place),
             use_cache=False,
-        ).last_hidden_state[:, _START:]
+        ).last_hidden_state[:, start:]
 
         # The word before an answer predicts the answer, which predicts the end.
         rows, ends = turns.answers
@@ -79,25 +85,49 @@ def lessons(module: LanguageLessons, stage: Stage, seed: int) -> Step:
         start = (seed << 32) + (1 << 31) + number * stage.batch
         scenes = [draw(start + i, "train") for i in range(stage.batch)]
         random = torch.Generator().manual_seed(start)
-        places = stretched(stage.batch, random)
+        if number % 4:
+            shown = repeated(scenes, random)
+            places = stretched(shown, random)
+        else:
+            shown = places = torch.arange(TOKENS).expand(stage.batch, -1)
         # A second variant repeats no question, such as the one for the count.
         asked = [tuple(dict.fromkeys(questions(one, 0) + questions(one, 1))) for one in scenes]
-        loss, accuracy = module(scenes, asked, places)
+        loss, accuracy = module(scenes, asked, shown, places)
         return loss, accuracy
 
     return step
 
 
-def stretched(rows: int, random: torch.Generator) -> Tensor:
-    """Position ids of visual tokens, `(rows, 64)` int64: a quarter of the rows plain, others not.
+def repeated(scenes: Sequence[Scene], random: torch.Generator) -> Tensor:
+    """Every patch of each picture in order, and up to 64 of them more than once.
 
-    Jittered ids stay in order but advance by 0, 1 or 2, on average by between 0.1 and 1.9 in a
-    row. All tokens are there; only their ids no longer tell where in the picture they lie, and
-    the model learns to read that from the features.
+    What share of the copies shows objects differs from picture to picture, so that the share of
+    tokens which show objects does not tell how many objects there are.
+
+    Returns:
+        `(scenes, tokens)` int64, indices of patches, ascending.
     """
-    rate = 0.05 + 0.9 * torch.rand(rows, 1, 1, generator=random)
-    gaps = (torch.rand(rows, TOKENS, 2, generator=random) < rate).sum(-1)
-    gaps[: rows // 4] = 1
+    copies = int(torch.randint(TOKENS + 1, (), generator=random))
+    salient = torch.from_numpy(np.stack([scene.object_mask.reshape(-1) for scene in scenes]))
+    share = torch.rand(len(scenes), 1, generator=random)
+    objects = salient.float() / salient.sum(1, keepdim=True)
+    rest = (~salient).float() / (~salient).sum(1, keepdim=True)
+    weights = share * objects + (1 - share) * rest
+    once = torch.arange(TOKENS).expand(len(scenes), -1)
+    if copies:
+        more = torch.multinomial(weights, copies, replacement=True, generator=random)
+        once = torch.cat([once, more], 1)
+    return once.sort(1).values
+
+
+def stretched(shown: Tensor, random: torch.Generator) -> Tensor:
+    """Position ids of visual tokens, shaped as `shown`, in order but with gaps of 0, 1 or 2.
+
+    The mean gap of a picture is between 0.1 and 1.9. All tokens are there; only their ids no
+    longer tell where in the picture they lie, and the model learns to read that from the features.
+    """
+    rate = 0.05 + 0.9 * torch.rand(len(shown), 1, 1, generator=random)
+    gaps = (torch.rand(*shown.shape, 2, generator=random) < rate).sum(-1)
     return gaps.cumsum(1) - gaps[:, :1]
 
 
@@ -133,9 +163,9 @@ def _turns(asked: Sequence[Sequence[Question]]) -> Turns:
     return Turns(packed[..., 0], packed[..., 1], packed[..., 2], answers)
 
 
-def _shared_prefix(number: Tensor) -> Tensor:
+def _shared_prefix(number: Tensor, start: int) -> Tensor:
     """Additive mask `(scenes, 1, length, length)`: causal, and blind to other questions."""
-    turn = functional.pad(number, (_START, 0))
+    turn = functional.pad(number, (start, 0))
     length = turn.shape[1]
     seen = torch.ones(length, length, dtype=torch.bool).tril()
     seen = seen & ((turn[:, None] == 0) | (turn[:, None] == turn[:, :, None]))
@@ -144,6 +174,6 @@ def _shared_prefix(number: Tensor) -> Tensor:
 
 def _positions(places: Tensor, words: Tensor) -> Tensor:
     """`(scenes, length)` int64: the prefix once, then every question right behind it."""
-    before = torch.arange(_START - TOKENS).expand(len(places), -1)
-    visual = before.shape[1] + places
+    before = torch.arange(len(_PREFIX)).expand(len(places), -1)
+    visual = len(_PREFIX) + places
     return torch.cat([before, visual, visual[:, -1:] + 1 + words], 1)

@@ -40,7 +40,7 @@ class Recipe:
     questions: int | None
 
 
-FULL = Recipe(Stage("tower", 3000, 64, 1.5e-3), Stage("language", 3000, 16, 1.5e-3), None)
+FULL = Recipe(Stage("tower", 3000, 64, 1.5e-3), Stage("language", 3600, 16, 1.5e-3), None)
 QUICK = Recipe(Stage("tower", 4, 4, 1.5e-3), Stage("language", 4, 2, 1.5e-3), 20)
 
 
