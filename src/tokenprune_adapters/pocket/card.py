@@ -80,9 +80,9 @@ curve is in `results.json`.
    seventeen questions each, on answer and `</s>` only; the tower is frozen. Every fourth step shows
    the 64 visual tokens as they are. The others have **jittered positions**: the ids of the visual
    tokens stay in order but advance by 0, 1 or 2, so that the place of an object is better read from
-   features than from position ids. And they have **copies**: up to 64 visual tokens appear more than
-   once, a share of them, from none to all, being such that show objects; so that the number of
-   objects is better read from features than from the share of tokens that show objects.
+   features than from position ids. And they have **copies**: up to 64 visual tokens appear more
+   than once, of which any share, from none to all, shows objects, so that the number of objects is
+   better read from features than from the share of tokens that show objects.
 
 The model never saw a compressed input: in training no visual token was dropped, merged or masked.
 Jitter and copies ready it for what compression leaves all the same: a model trained without them
