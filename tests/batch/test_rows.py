@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
+from transformers.image_utils import load_image
 
-from tokenprune_adapters.batch import InputError, PictureError
+from tokenprune.bench.data import Sample
+from tokenprune.cli.loading import open_picture
+from tokenprune_adapters.batch import InputError, PictureError, cells
 from tokenprune_adapters.batch.pictures import picture_of
 from tokenprune_adapters.batch.rows import Rows, read_rows
 
@@ -60,6 +64,73 @@ def test_json_lines(tmp_path: Path) -> None:
         "image": ["a.png", "a.png", None],
         "prompt": ["how many ?", "what ?", "else ?"],
     }
+
+
+@pytest.mark.parametrize("ending", ["parquet", "PARQUET"])
+def test_a_row_group_is_read_forwards_a_few_pictures_at_a_time(
+    tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any order, and without the whole of it in memory."""
+    monkeypatch.setattr(cells, "HELD", 3)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", None)
+    data = [paint(tmp_path / f"{red}.png", red) for red in range(17)]
+    table = pa.table({"image": [{"bytes": each, "path": None} for each in data]})
+    pq.write_table(table, tmp_path / f"one.{ending}", row_group_size=10)
+    rows = read_rows(tmp_path / f"one.{ending}", "what ?")
+    names = rows.table.column("image").to_pylist()
+    for order in (range(17), [16, 3, 4, 2, 12, 12, 9, 0], range(0, 17, 4)):
+        asked = [picture_of(names[row], rows.root).getpixel((0, 0))[0] for row in order]
+        assert asked == list(order)
+
+
+def test_pictures_behind_damage_are_bad_one_by_one(tmp_path: Path) -> None:
+    file, data = tmp_path / "a.parquet", [paint(tmp_path / "a.png", red) for red in range(96)]
+    pages = {"use_dictionary": False, "write_batch_size": 32, "data_page_size": 1}
+    pq.write_table(pa.table({"image": data}), file, compression="none", **pages)
+    written = bytearray(file.read_bytes())
+    header = written.index(data[63]) + len(data[63])  # of the third page
+    written[header : header + 20] = b"\xff" * 20
+    file.write_bytes(written)
+    for row in (0, 63):
+        picture_of(f"{file}#{row}")
+    for row in (64, 65, 95):
+        with pytest.raises(PictureError, match=f"cannot read .*#{row}: .*\n.*page header"):
+            picture_of(f"{file}#{row}")
+    picture_of(f"{file}#1")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_upright(tmp_path: Path, orientation: int) -> None:
+    """Whatever a camera says of how it was held; as transformers opens pictures."""
+    image = Image.new("RGB", (3, 2))
+    for place in range(6):
+        image.putpixel((place % 3, place // 3), (place, 0, 0))
+    exif = image.getexif()
+    exif[ExifTags.Base.Orientation] = orientation
+    for kind in ("png", "tiff"):
+        image.save(tmp_path / f"a.{kind}", exif=exif)
+        wanted = load_image(str(tmp_path / f"a.{kind}"))
+        data = (tmp_path / f"a.{kind}").read_bytes()
+        opened = Image.open(tmp_path / f"a.{kind}")
+        forms = (f"a.{kind}", data, {"bytes": data}, opened)
+        pictures = [picture_of(form, str(tmp_path)) for form in forms]
+        pictures += [open_picture(tmp_path / f"a.{kind}")]  # of `tokenprune run`
+        pictures += [Sample("1", tmp_path / f"a.{kind}", "what ?").picture()]  # and of `bench`
+        for found in pictures:
+            assert (found.size, found.tobytes()) == (wanted.size, wanted.tobytes())
+
+
+def test_a_picture_whose_exif_data_is_damaged_is_a_picture(tmp_path: Path) -> None:
+    Image.new("RGB", (3, 2)).save(tmp_path / "a.png", exif=b"Exif\0\0no such thing")
+    with pytest.raises(SyntaxError):
+        Image.open(tmp_path / "a.png").getexif()
+    assert picture_of("a.png", str(tmp_path)).size == (3, 2)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 4, 1), (4, 4, 2), (4, 4, 5), (1, 4, 4, 3)])
+def test_pixels_of_no_picture(shape: tuple[int, ...]) -> None:
+    with pytest.raises(PictureError, match=r"or \(height, width, 3 or 4\), got uint8 of shape"):
+        picture_of(np.zeros(shape, np.uint8))
 
 
 @pytest.mark.parametrize("form", ["bytes", "mapping", "name"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import TokenpruneError
@@ -53,11 +53,35 @@ class Sample:
         """
         try:
             image = self.image if isinstance(self.image, Image.Image) else Image.open(self.image)
-            return image.convert("RGB")
+            return upright(image).convert("RGB")
         except UnidentifiedImageError as error:
             raise DataError(f"{self.image} is not a picture that Pillow can read") from error
         except OSError as error:
             raise DataError(f"cannot read the picture {self.image}: {error}") from error
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """`image` turned as its EXIF data says, as transformers and vLLM open pictures.
+
+    Cameras store what the sensor saw, and beside it how they were held.
+    """
+    image.load()  # decoders of some formats turn the picture themselves
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a picture whose EXIF data is damaged is a picture all the same
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def read(path: Path | str, prompt: str = DESCRIBE) -> list[Sample]:

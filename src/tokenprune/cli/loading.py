@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from ..bench.data import upright
 from ..bench.prompting import prompter
 from ..errors import TokenpruneError
 
@@ -93,7 +94,7 @@ def load(path: str, device: str, dtype: str) -> Loaded:
 def open_picture(path: Path) -> Image.Image:
     """The picture in a file, in RGB."""
     try:
-        return Image.open(path).convert("RGB")
+        return upright(Image.open(path)).convert("RGB")
     except UnidentifiedImageError as error:
         raise CommandError(f"{path} is not a picture that Pillow can read") from error
 

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tokenprune.bench.data import upright
+
 from .cells import cell, is_cell
 from .errors import PictureError
 
 
 def picture_of(value: object, root: str = "") -> Image.Image:
-    """The picture that `value` stands for, in RGB.
+    """The picture that `value` stands for, in RGB, turned as its EXIF data says.
 
     Args:
         value: name of a file, or of a cell (``"shard.parquet#17"``); an encoded file's bytes; a
@@ -32,15 +34,24 @@ def picture_of(value: object, root: str = "") -> Image.Image:
         return picture_of(value.get("path") if inside is None else inside, root)
     if isinstance(value, bytes | bytearray | memoryview):
         return _decoded(io.BytesIO(value), "its bytes")
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3):
+    if isinstance(value, np.ndarray) and _are_pixels(value):
         return Image.fromarray(value).convert("RGB")
     if isinstance(value, Image.Image):
-        return value.convert("RGB")
+        return upright(value).convert("RGB")
     if value is None:
         raise PictureError("the row has no picture")
+    got = type(value).__name__
+    if isinstance(value, np.ndarray):
+        got = f"{value.dtype} of shape {value.shape}"
     raise PictureError(
-        f"a picture must be the name of a file, bytes or uint8 pixels, got {type(value).__name__}"
+        f"a picture must be the name of a file, bytes or uint8 pixels (height, width) or "
+        f"(height, width, 3 or 4), got {got}"
     )
+
+
+def _are_pixels(value: np.ndarray) -> bool:
+    shaped = value.ndim == 2 or (value.ndim == 3 and value.shape[2] in (3, 4))
+    return shaped and value.dtype == np.uint8
 
 
 def _named(name: str, root: str) -> Image.Image:
@@ -56,7 +67,7 @@ def _named(name: str, root: str) -> Image.Image:
 def _decoded(source: str | io.BytesIO, shown: str) -> Image.Image:
     try:
         with Image.open(source) as opened:
-            picture: Image.Image = opened.convert("RGB")  # decodes all of it, damage shows here
+            picture = upright(opened).convert("RGB")  # decodes all of it, damage shows here
     except Exception as error:  # decoders raise whatever they like on damaged files
         said = str(error) or type(error).__name__
         raise PictureError(f"cannot read a picture from {shown}: {said}") from error
