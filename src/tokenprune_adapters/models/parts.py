@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from tokenprune.adapter import TowerAdapter
+from tokenprune.adapter import NotCopyable, TowerAdapter
 from tokenprune.budget import Budgeted
-from tokenprune.errors import UnsupportedError
+from tokenprune.errors import AttachError, UnsupportedError
 from tokenprune.plugins import registry
 from tokenprune.spec import shown
 from tokenprune.strategy import Stage
@@ -22,6 +22,30 @@ def hide_marks(core: nn.Module, args: object, output: Any) -> None:
         features = getattr(output, name, None)
         if features is not None:
             setattr(output, name, features[~marked(features)])
+
+
+class SameParts(NotCopyable):
+    """The hook before a model that looks whether the parts with hooks are still at work.
+
+    Args:
+        core: the model without its head.
+    """
+
+    def __init__(self, core: nn.Module) -> None:
+        self.parts = dict(core.named_children())
+
+    def before(self, core: nn.Module, args: object) -> None:
+        for name, part in self.parts.items():
+            present = getattr(core, name, None)
+            if present is part:
+                continue
+            # What was wrapped (FSDP, torch.compile) still runs, and its hooks with it.
+            if present is None or not any(each is part for each in present.modules()):
+                raise AttachError(
+                    f"{name} of the {type(core).__name__} was replaced while it is attached "
+                    "(PEFT's merge_and_unload does so), and took its hooks along, so nothing "
+                    "would be reduced as it should; detach first, and attach again"
+                )
 
 
 def tower_adapter(tower: nn.Module) -> TowerAdapter:

@@ -21,7 +21,7 @@ from ..llms.images import Images
 from ..llms.inside import QueryAttention, ReduceInside, refuse_candidates
 from ..llms.shorten import IMAGES, ShortenPrompts
 from ..llms.store import SignalStore
-from .parts import hide_marks
+from .parts import SameParts, hide_marks
 
 PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 """Names of the arguments that bring pictures."""
@@ -78,6 +78,7 @@ class Placed:
         """The hooks on the language model of `model`, and what tells it of its images."""
         core: Any = model.model
         llm = core.language_model
+        yield core.register_forward_pre_hook(SameParts(core).before)
         if self.before is not None:
             yield core.register_forward_hook(hide_marks)
         if self.inside:

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenprune.adapter import NotCopyable, Observation, Removable, TowerAdapter
+from tokenprune.errors import AttachError
 from tokenprune.signals import (
     ClsAttention,
     GivenAttention,
@@ -85,11 +86,13 @@ class _Taps(NotCopyable):
         self.observation = observation
         self.prefix = prefix
         self.reading = Reading(signals, observation, feature_layer, len(self.layers))
+        self.tapped: list[tuple[Any, nn.Module, nn.Module]] = []
 
     def install(self) -> Iterator[Removable]:
         yield self.tower.register_forward_pre_hook(self.begin, with_kwargs=True)
         for number, kinds in self.reading.kinds().items():
             block = self.layers[number].self_attn
+            self.tapped.append((block, block.q_proj, block.k_proj))
             tap = _LayerTap(self, number, block.num_heads, frozenset(kinds))
             yield block.q_proj.register_forward_hook(tap.query)
             yield block.k_proj.register_forward_hook(tap.key)
@@ -100,6 +103,13 @@ class _Taps(NotCopyable):
         yield self.tower.register_forward_hook(self.finish, always_call=False)
 
     def begin(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for block, query, key in self.tapped:
+            if block.q_proj is not query or block.k_proj is not key:
+                raise AttachError(
+                    f"q_proj or k_proj of the {type(tower).__name__} was replaced while it is "
+                    "attached or observed (adapters put in or merged?), so its attention would be "
+                    "read without what changed; detach first, and attach again"
+                )
         self.reading.begin(kwargs["pixel_values"] if "pixel_values" in kwargs else args[0])
 
     def features(self, layer: nn.Module, args: object, output: Any) -> None:

@@ -55,6 +55,59 @@ def test_merged_lora_answers_as_kept_embeddings_do() -> None:
     close(answer.logits, logits)
 
 
+def test_adapters_cannot_be_put_into_an_attached_tower() -> None:
+    """Hooks would stay on the plain projections inside, whose scores lack what LoRA adds."""
+    model = tiny_llava()
+    with tokenprune.attach(model, spec(4)), pytest.raises(tokenprune.AttachError, match="q_proj"):
+        generate(lora(model), collate(prompts()))
+    with tokenprune.attach(model, spec(4)) as attachment:
+        generate(model, collate(prompts()))
+    assert attachment.report.calls == 1
+
+
+def test_adapters_cannot_be_merged_away_from_an_attached_tower() -> None:
+    """But they may be merged and stay where they are."""
+    wrapped = lora(tiny_llava())
+    with tokenprune.attach(wrapped, spec(4)):
+        apart = generate(wrapped, collate(prompts()))
+        wrapped.merge_adapter()
+        merged = generate(wrapped, collate(prompts()))
+        wrapped.unmerge_adapter()
+        with pytest.raises(tokenprune.AttachError, match="q_proj or k_proj of the CLIPVisionModel"):
+            generate(wrapped.merge_and_unload(), collate(prompts()))
+    close(merged.logits, apart.logits)
+
+
+@pytest.mark.parametrize("stage", [spec(4), "fastv | evict(5) @ after-layer(1)"])
+def test_a_projector_that_is_put_back_while_attached(stage: str) -> None:
+    """PEFT saves it beside LoRA by putting a module around it, which merging takes away."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        target_modules=r".*language_model.*q_proj", modules_to_save=["multi_modal_projector"]
+    )
+    wrapped = peft.get_peft_model(tiny_llava(), config).eval()
+    with tokenprune.attach(wrapped, stage) as attachment:
+        generate(wrapped, collate(prompts()))
+        assert attachment.report.tokens_after < attachment.report.tokens_before
+        plain = wrapped.merge_and_unload()
+        with pytest.raises(tokenprune.AttachError, match="multi_modal_projector .* was replaced"):
+            generate(plain, collate(prompts()))
+    with tokenprune.attach(plain, stage) as attachment:
+        generate(plain, collate(prompts()))
+    assert attachment.report.tokens_after < attachment.report.tokens_before
+
+
+def test_parts_that_are_wrapped_while_attached_keep_their_hooks() -> None:
+    model = tiny_llava()
+    with tokenprune.attach(model, spec(4)) as attachment:
+        wanted = generate(model, collate(prompts()))
+        projector = model.model.multi_modal_projector
+        model.model.multi_modal_projector = nn.Sequential(projector)
+        got = generate(model, collate(prompts()))
+    assert torch.equal(got.logits, wanted.logits)
+    assert attachment.report.calls == 2
+
+
 def test_a_wrapper_and_its_model_cannot_both_be_attached() -> None:
     wrapped = lora(tiny_llava())
     with (
