@@ -6,6 +6,7 @@ pocket model, put into open_clip's class; its [CLS] knows which digits a picture
 colour, so a linear read-out, fitted on unpruned embeddings of training pictures, tells how many of
 its answers survive.
 
+    python tests/benchmarks/bench_open_clip.py  # all three tables
     python tests/benchmarks/bench_open_clip.py speed [--model ViT-B-16] [--batch 4] [--rounds 7]
     python tests/benchmarks/bench_open_clip.py rows [--model ViT-B-32] [--batch 4] [--rounds 7]
     python tests/benchmarks/bench_open_clip.py drift [--pictures 500]
@@ -237,9 +238,12 @@ DRIFTS = (
 )
 
 
+TABLES = {"speed": speed, "rows": rows, "drift": drift}
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("what", choices=["speed", "rows", "drift"])
+    options.add_argument("what", nargs="?", choices=list(TABLES), help="all, if not given")
     options.add_argument("--model", default="ViT-B-16")
     options.add_argument("--dtype", default="float32")
     options.add_argument("--batch", type=int, default=4)
@@ -248,7 +252,8 @@ def main() -> None:
     options.add_argument("--lessons", type=int, default=3000)
     given = options.parse_args()
     torch.set_num_threads(1)
-    Console(width=140).print({"speed": speed, "rows": rows, "drift": drift}[given.what](given))
+    for what in [given.what] if given.what else TABLES:
+        Console(width=140).print(TABLES[what](given))
 
 
 if __name__ == "__main__":
