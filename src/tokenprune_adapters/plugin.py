@@ -67,7 +67,7 @@ def tokenprune_towers() -> Iterable[TowerPlugin]:
     )
     yield TowerPlugin(
         "hf-siglip",
-        "SigLIP vision towers of transformers: keys; no [CLS]",
+        "SigLIP vision towers of transformers: attention received, pooling head, keys; no [CLS]",
         _siglip,
         ("transformers.models.siglip.modeling_siglip.SiglipVisionModel",),
     )
@@ -90,7 +90,7 @@ def tokenprune_models() -> Iterable[ModelPlugin]:
     )
     yield ModelPlugin(
         "hf-llava-next",
-        "LLaVA-NeXT of transformers (any resolution), before the LLM",
+        "LLaVA-NeXT of transformers (any resolution), before the LLM and after its layers",
         _llava_next,
         ("transformers.models.llava_next.modeling_llava_next.LlavaNextForConditionalGeneration",),
     )
