@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tokenprune_adapters.batch import ResumeError
+from tokenprune_adapters.batch import parts as parts_module
 from tokenprune_adapters.batch.job import Job
 from tokenprune_adapters.batch.parts import finished, folder_of, opened
 
-JOB = Job("model", "", "uniform | evict(3)", None, 64, "auto", "input", "1.0")
+JOB = Job("model", "", "uniform | evict(3)", None, 64, "auto", "input", "/pictures", "1.0")
 
 
 def table(*ids: str) -> pa.Table:
@@ -44,7 +45,11 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "out.parquet"
 
 
-def test_parts_become_the_output_in_the_order_of_the_input(output: Path) -> None:
+@pytest.mark.parametrize("joined_at_once", [1, 2, 3, 100])
+def test_parts_become_the_output_in_the_order_of_the_input(
+    output: Path, joined_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts_module, "JOINED", joined_at_once)
     with opened(output, JOB, rows=2) as parts:
         assert ids(parts.pending(table("a", "b", "c"))) == ["a", "b", "c"]
         assert parts.add(answers("c")) == 1
@@ -53,11 +58,11 @@ def test_parts_become_the_output_in_the_order_of_the_input(output: Path) -> None
         assert len(list(parts.folder.glob("part-*"))) == 1
         parts.add(answers("b"))
         parts.join(table("a", "b", "c"))
-        assert not parts.folder.exists()
     joined = pq.read_table(output)
     assert ids(joined) == ["a", "b", "c"]
     assert joined.column("answer").to_pylist() == ["no", "yes", "yes"]
-    assert joined.schema.field("error").type == pa.string()  # although all are null
+    strings = ("id", "image", "prompt", "answer", "error")  # the last although all are null
+    assert {joined.schema.field(name).type for name in strings} == {pa.string()}
     assert finished(output, JOB)
 
 
@@ -102,6 +107,40 @@ def test_parts_of_other_work_are_refused(output: Path) -> None:
     with pytest.raises(ResumeError) as caught, opened(output, other):
         pass
     assert said in str(caught.value)
+
+
+def test_parts_of_another_version_are_refused(output: Path) -> None:
+    with opened(output, JOB):
+        pass
+    note = folder_of(output) / "job.json"
+    note.write_text('{"model": "of a version that noted less"}')
+    refused = pytest.raises(ResumeError, match="parts of another version of tokenprune; choose")
+    with refused, opened(output, JOB):
+        pass
+
+
+def test_a_kill_while_the_output_is_written_leaves_nothing_beside_it(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with opened(output, JOB, rows=1) as parts:
+        parts.pending(table("a"))
+        parts.add(answers("a"))
+    with monkeypatch.context() as here:
+        here.setattr(Path, "replace", killed)
+        with opened(output, JOB) as parts, pytest.raises(Killed):
+            parts.join(table("a"))
+    assert list(output.parent.iterdir()) == [folder_of(output)]
+    assert list(folder_of(output).glob("*.tmp"))
+    with opened(output, JOB) as parts:
+        parts.join(table("a"))
+    assert not list(folder_of(output).glob("*.tmp"))
+    assert ids(pq.read_table(output)) == ["a"]
 
 
 def test_an_output_of_other_work_is_refused(output: Path) -> None:

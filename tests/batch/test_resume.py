@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +165,41 @@ def interrupted(self, answerer, rows):
     """An engine that fails after one batch."""
     yield answerer(rows.slice(0, 2).to_pydict())
     raise OSError("no space")
+
+
+def test_one_name_in_two_folders_is_two_pictures(tmp_path: Path, asked: list[object]) -> None:
+    output = tmp_path / "out.parquet"
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+        pocket.draw(0).picture.save(tmp_path / name / "0.png")
+    typed = {"prompt": "how many objects are there ?"}
+    CliRunner().invoke(app, command(tmp_path / "train", output, **typed), catch_exceptions=False)
+    assert asked == ["0.png"]
+    with pytest.raises(ResumeError, match="root was '.*train' and is '.*test'; choose another"):
+        CliRunner().invoke(app, command(tmp_path / "test", output, **typed), catch_exceptions=False)
+
+
+def test_no_file_is_open_in_the_folder_of_parts_when_it_is_removed(
+    rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a network file system it could not be, and the command would fail when all is done."""
+    held: list[str] = []
+    remove = shutil.rmtree
+
+    def noted(folder: Path, **options: object) -> None:
+        held.extend(
+            os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()
+        )
+        remove(folder, **options)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("open files are listed on Linux alone")
+    monkeypatch.setattr(shutil, "rmtree", noted)
+    output = tmp_path / "out.parquet"
+    CliRunner().invoke(app, command(rows_file, output), catch_exceptions=False)
+    assert held
+    assert not [each for each in held if each.startswith(str(folder_of(output)))]
+    assert not folder_of(output).exists()
 
 
 def test_a_checkpoint_that_changed_is_another_one(rows_file: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,29 @@ def test_json_lines(tmp_path: Path) -> None:
         "image": ["a.png", "a.png", None],
         "prompt": ["how many ?", "what ?", "else ?"],
     }
+
+
+def test_names_that_are_not_unicode(tmp_path: Path) -> None:
+    paint(tmp_path / "été 🙂.png", 1)
+    assert reds(read_rows(tmp_path, "what ?")) == [1]
+    try:
+        paint(tmp_path / os.fsdecode(b"caf\xe9.png"), 2)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    with pytest.raises(InputError, match=r"'caf\\udce9.png' is not Unicode text.*rename that file"):
+        read_rows(tmp_path, "what ?")
+    with pytest.raises(InputError, match="is not Unicode text"):
+        read_rows(json_lines(tmp_path / "rows.jsonl", {"image": "\ud800.png", "prompt": "a"}))
+
+
+def test_text_that_a_parquet_file_has_as_bytes(tmp_path: Path) -> None:
+    texts = {"id": [b"a"], "image": ["a.png"], "prompt": ["été ?".encode()]}
+    pq.write_table(pa.table(texts), tmp_path / "a.parquet")
+    rows = read_rows(tmp_path / "a.parquet").table
+    assert rows.to_pylist() == [{"id": "a", "image": "a.png", "prompt": "été ?"}]
+    pq.write_table(pa.table(texts | {"id": [b"\xff"]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"cannot read a.parquet: 'utf-8' codec"):
+        read_rows(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("ending", ["parquet", "PARQUET"])
@@ -194,6 +218,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     cut = tmp_path / "rows.jsonl"
     cut.write_text('{"id": 1, "prompt": "a"}\n{"id": 2,')
     with pytest.raises(InputError, match="line 2 of rows.jsonl is not JSON"):
+        read_rows(cut)
+    cut.write_bytes(b'{"id": "caf\xe9", "prompt": "a"}')
+    with pytest.raises(InputError, match="line 1 of rows.jsonl is not JSON: 'utf-8' codec"):
         read_rows(cut)
     with pytest.raises(InputError, match="there is no .*none"):
         read_rows(tmp_path / "none")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tokenprune_adapters.batch.workers import Engine
 
 SHOWN = 10
-NAMES = ("before", "after")
+COUNTED = ("tokens_before", "tokens_after")
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,13 @@ def _summary(output: Path, seconds: float, out: Console) -> None:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    answers = pq.read_table(output)
+    answers = pq.read_table(output, columns=["id", "error", *COUNTED])
     bad = answers.filter(pc.is_valid(answers.column("error"))).select(["id", "error"]).to_pylist()
     for row in bad[:SHOWN]:
         out.print(f"bad row        {row['id']}: {row['error']}", markup=False, soft_wrap=True)
     if len(bad) > SHOWN:
         out.print(f"               and {len(bad) - SHOWN} more, see the column error")
-    before, after = (pc.sum(answers.column(f"tokens_{name}")).as_py() for name in NAMES)
+    before, after = (pc.sum(answers.column(name)).as_py() for name in COUNTED)
     answered = len(answers) - len(bad)
     out.print(f"answered       {answered} of {len(answers)} rows in {seconds:.0f} s")
     if before:

@@ -22,6 +22,7 @@ class Job:
         checkpoint: changes when files of that folder do; empty for a name.
         prune, prompt, max_new_tokens, dtype: as in `Answerer`.
         input: changes when the rows do.
+        root: folder that their pictures are relative to: one name in two folders is two pictures.
         version: of tokenprune.
     """
 
@@ -32,6 +33,7 @@ class Job:
     max_new_tokens: int
     dtype: str
     input: str
+    root: str
     version: str
 
     @staticmethod
@@ -47,6 +49,7 @@ class Job:
             answerer.max_new_tokens,
             answerer.dtype,
             rows.stamp,
+            rows.root,
             tokenprune.__version__,
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 STRINGS = ("id", "image", "prompt", "answer", "error")
+JOINED = 2**16  # rows that are written into the output at once
 COLUMNS = ("id", "image", "prompt", "answer", "tokens_before", "tokens_after", "error")
 
 
@@ -70,31 +70,45 @@ class Parts:
     def flush(self) -> None:
         """Write what waits."""
         import pyarrow as pa
+        import pyarrow.parquet as pq
 
         waiting, self._waiting = self._waiting, []
         if sum(map(len, waiting)):
             table = pa.concat_tables(waiting)
             ids = "\n".join(table.column("id").to_pylist())
             named = hashlib.sha256(f"{self.job.fingerprint}\n{ids}".encode()).hexdigest()[:20]
-            _write(table, self.folder / f"part-{named}.parquet")
+            path = self.folder / f"part-{named}.parquet"
+            _replace(path, lambda unfinished: pq.write_table(table, unfinished), self.folder)
 
     def join(self, table: pa.Table) -> None:
-        """Write the output, in the order of `table`, every row once; then remove the parts."""
+        """Write the output, in the order of `table`, every row once."""
         import pyarrow as pa
         import pyarrow.compute as pc
+        import pyarrow.parquet as pq
 
         self.flush()
-        answers = pa.concat_tables([_table({name: [] for name in COLUMNS}), *self._written()])
-        places = pc.index_in(table.column("id"), value_set=answers.column("id").combine_chunks())
+        # Columns of more than 2 GiB of text can be picked from as large strings alone.
+        large = _schema(pa.large_string())
+        found = [large.empty_table(), *(part.cast(large) for part in self._written())]
+        answers = pa.concat_tables(found).combine_chunks()
+        ids = table.column("id").cast(pa.large_string())
+        places = pc.index_in(ids, value_set=answers.column("id").combine_chunks())
         if places.null_count:
             lost = table.filter(pc.is_null(places)).column("id").slice(0, 3).to_pylist()
             raise ResumeError(
                 f"{places.null_count} rows came back without an answer, {lost} among them; the "
                 f"others are in {self.folder}: run the same command again"
             )
-        joined = answers.take(places)
-        _write(joined.replace_schema_metadata({"tokenprune": self.job.written}), self.output)
-        shutil.rmtree(self.folder)
+        places = places.combine_chunks()
+        schema = _schema(pa.string()).with_metadata({"tokenprune": self.job.written})
+
+        def write(unfinished: Path) -> None:
+            with pq.ParquetWriter(unfinished, schema) as file:
+                for start in range(0, len(places), JOINED):
+                    some = answers.take(places.slice(start, JOINED))
+                    file.write_table(some.cast(schema))
+
+        _replace(self.output, write, self.folder)
 
     def _written(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         import pyarrow.parquet as pq
@@ -138,14 +152,20 @@ def opened(output: Path, job: Job, rows: int = 256) -> Iterator[Parts]:
     with _alone(folder):
         note = folder / "job.json"
         if note.exists():
-            begun = Job.read(note.read_text())
+            try:
+                begun = Job.read(note.read_text())
+            except (ValueError, TypeError) as error:
+                raise ResumeError(
+                    f"{folder} holds parts of another version of tokenprune; choose another "
+                    "--output, or remove that folder"
+                ) from error
             if begun != job:
                 raise ResumeError(
                     f"{folder} holds parts of other work: {job.unlike(begun)}; choose another "
                     "--output, or remove that folder"
                 )
         else:
-            _replace(note, lambda path: path.write_text(job.written))
+            _replace(note, lambda path: path.write_text(job.written), folder)
         for left in folder.glob("*.tmp"):  # of a writer that was killed
             left.unlink()
         yield Parts(output, job, rows)
@@ -178,19 +198,20 @@ def _table(answers: Mapping[str, Sequence[object]]) -> pa.Table:
     """Answers with the types of the output."""
     import pyarrow as pa
 
-    kinds = {name: pa.string() if name in STRINGS else pa.int32() for name in COLUMNS}
-    return pa.table({name: pa.array(answers[name], kind) for name, kind in kinds.items()})
+    schema = _schema(pa.string())
+    return pa.table([pa.array(answers[each.name], each.type) for each in schema], schema=schema)
 
 
-def _write(table: pa.Table, path: Path) -> None:
-    import pyarrow.parquet as pq
+def _schema(text: pa.DataType) -> pa.Schema:
+    """Of the output, with `text` for its strings."""
+    import pyarrow as pa
 
-    _replace(path, lambda unfinished: pq.write_table(table, unfinished))
+    return pa.schema([(name, text if name in STRINGS else pa.int32()) for name in COLUMNS])
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file which becomes `path` when it is whole and on the disk."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def _replace(path: Path, write: Callable[[Path], object], folder: Path) -> None:
+    """Let `write` make a file in `folder` which becomes `path` when it is whole and on the disk."""
+    unfinished = folder / f"{path.name}.{os.getpid()}.tmp"
     write(unfinished)
     with unfinished.open("r+b") as file:  # some systems flush only what may be written
         os.fsync(file.fileno())

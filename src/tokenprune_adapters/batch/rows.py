@@ -68,6 +68,7 @@ def read_rows(source: Path, prompt: str | None = None) -> Rows:
         raise InputError(f"{source} has no rows: no pictures, no .jsonl, no .parquet")
     filled = [(key, image, prompt if own is None else own) for key, image, own in found]
     _check(filled)
+    _check_unicode(filled)
     ids, images, prompts = zip(*filled, strict=True)
     columns = {"id": ids, "image": images, "prompt": prompts}
     table = pa.table({name: pa.array(column, pa.string()) for name, column in columns.items()})
@@ -94,24 +95,26 @@ def _rows(shard: Path, root: Path) -> Iterator[_Row]:
     reader = _parquet_rows if shard.suffix.lower() == ".parquet" else _json_rows
     name = shard.relative_to(root).as_posix()
     for number, key, image, prompt in reader(shard, name):
-        yield cell_name(name, number) if key is None else str(key), image, prompt
+        yield cell_name(name, number) if key is None else key, image, prompt
 
 
-def _json_rows(shard: Path, name: str) -> Iterator[tuple[int, object, str | None, str | None]]:
-    with shard.open(encoding="utf-8") as lines:
+def _json_rows(shard: Path, name: str) -> Iterator[tuple[int, str | None, str | None, str | None]]:
+    with shard.open("rb") as lines:
         for number, line in enumerate(lines):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(line.decode())
+            except ValueError as error:  # also where it is not UTF-8
                 raise InputError(f"line {number + 1} of {name} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise InputError(f"line {number + 1} of {name} must be an object, got {row!r:.60}")
-            yield number, row.get("id"), _text(row.get(COLUMN)), _text(_prompt(row))
+            yield number, _text(row.get("id")), _text(row.get(COLUMN)), _text(_prompt(row))
 
 
-def _parquet_rows(shard: Path, name: str) -> Iterator[tuple[int, object, str | None, str | None]]:
+def _parquet_rows(
+    shard: Path, name: str
+) -> Iterator[tuple[int, str | None, str | None, str | None]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -128,9 +131,9 @@ def _parquet_rows(shard: Path, name: str) -> Iterator[tuple[int, object, str | N
                 # Without any column to read, a batch still knows how many rows it has.
                 for row in batch.to_pylist() if batch.num_columns else [{}] * batch.num_rows:
                     image = row[COLUMN] if named else cell_name(name, number)
-                    yield number, row.get("id"), image, _text(_prompt(row))
+                    yield number, _text(row.get("id")), image, _text(_prompt(row))
                     number += 1
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeError, pa.ArrowException) as error:
         raise InputError(f"cannot read {name}: {error}") from error
 
 
@@ -139,6 +142,8 @@ def _prompt(row: dict[str, Any]) -> object:
 
 
 def _text(value: object) -> str | None:
+    if isinstance(value, bytes):  # parquet files of some writers do not say that it is text
+        return value.decode()
     return None if value is None else str(value)
 
 
@@ -153,6 +158,19 @@ def _check(rows: list[_Row]) -> None:
         if prompt is None:
             raise InputError(f"row {key!r} has no prompt; give one for such rows: --prompt TEXT")
         seen[key] = number
+
+
+def _check_unicode(rows: list[_Row]) -> None:
+    """Refuse text that no file of answers can hold, such as file names that are not UTF-8."""
+    for row in rows:
+        for text in row:
+            try:
+                (text or "").encode()
+            except UnicodeEncodeError:
+                raise InputError(
+                    f"{text!r} is not Unicode text, so the output cannot hold it; rename that "
+                    "file, or mend that row"
+                ) from None
 
 
 def _stamp(table: pa.Table, shards: list[Path]) -> str:

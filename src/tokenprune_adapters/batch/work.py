@@ -41,19 +41,20 @@ def answer_all(
     """
     job = Job.of(answerer, rows)
     if finished(output, job):
-        shutil.rmtree(folder_of(output), ignore_errors=True)  # killed while it cleaned up
         progress(len(rows.table), 0)
-        return
-    with opened(output, job, save_every) as parts:
-        pending = parts.pending(rows.table)
-        done, bad = len(rows.table) - len(pending), 0
-        progress(done, bad)
-        answered = engine.answers(answerer, pending) if len(pending) else ()
-        try:
-            for answers in answered:
-                done += parts.add(answers)
-                bad += sum(error is not None for error in answers["error"])
-                progress(done, bad)
-        finally:  # what is there is worth keeping, whatever went wrong
-            parts.flush()
-        parts.join(rows.table)
+    else:
+        with opened(output, job, save_every) as parts:
+            pending = parts.pending(rows.table)
+            done, bad = len(rows.table) - len(pending), 0
+            progress(done, bad)
+            answered = engine.answers(answerer, pending) if len(pending) else ()
+            try:
+                for answers in answered:
+                    done += parts.add(answers)
+                    bad += sum(error is not None for error in answers["error"])
+                    progress(done, bad)
+            finally:  # what is there is worth keeping, whatever went wrong
+                parts.flush()
+            parts.join(rows.table)
+    # Not under the lock, which is in there: network file systems keep a folder with an open file.
+    shutil.rmtree(folder_of(output), ignore_errors=True)
