@@ -822,6 +822,19 @@ class TextOnlyIsCut(Assembled):
             return args, kwargs
 
 
+@model("M3", "in a batch")
+class AsLongAsBeforeIsUntouched(Assembled):
+    """Where the longest prompt has no picture, rows with pictures move in a batch that does not."""
+
+    class shorten(Shorten):  # noqa: N801
+        def before(self, decoder: Any, args: Any, kwargs: Any) -> Any:
+            new, logical = self.prompts.get(kwargs["cache"]) is None, args[0].shape[1]
+            args, kwargs = super().before(decoder, args, kwargs)
+            if new and args[0].shape[1] == logical:
+                self.prompts.pop(kwargs["cache"], None)
+            return args, kwargs
+
+
 @model("M4", "layers store")
 class MasksInsteadOfDropping(Assembled):
     """Dropped tokens are hidden from attention, yet computed and cached."""

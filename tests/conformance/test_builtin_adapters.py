@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from support import llava_next, oracle
-from support.llava import collate, generate, picture, prompts, tiny_llava
+from support.llava import BOS, Row, collate, generate, picture, prompts, tiny_llava
 from tokenprune import AfterLayer, BeforeLLM, ClsAttention, Keys, Placement, Signal
 from tokenprune.testing import ModelCase, Prompt, TowerCase, parametrize_with_checks
 
@@ -84,7 +84,9 @@ def towers() -> Iterable[TowerCase]:
 
 
 def llava_prompts() -> list[Prompt]:
-    return [Prompt(row, len(row.ids), (16,) * len(row.images)) for row in prompts()]
+    """With text between the prompts with images in length, before and after these are shortened."""
+    rows = [*prompts()[:2], Row([BOS, *range(31, 54)])]
+    return [Prompt(row, len(row.ids), (16,) * len(row.images)) for row in rows]
 
 
 def llava_batch(batch: Sequence[Prompt]) -> dict[str, Any]:
@@ -132,7 +134,8 @@ def models() -> Iterable[ModelCase]:
 def next_prompts() -> list[Prompt]:
     """Newlines are text: they are never counted, and always kept."""
     made = []
-    for prompt in llava_next.prompts():
+    text = llava_next.Prompt([BOS, *range(10, 76)])
+    for prompt in [*llava_next.prompts()[:2], text]:
         visual = tuple(sum(t is not None for t in each.packed) for each in prompt.pictures)
         made.append(Prompt(prompt, len(prompt.ids), visual))
     return made

@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor, nn
 
 from support import video_llava
-from support.llava import generate
+from support.llava import BOS, generate
 from support.video_llava import FRAMES, PATCHES, collate, tiny_video_llava
 from tokenprune import AfterLayer, BeforeLLM, Placement
 from tokenprune.testing import ModelCase, Prompt, parametrize_with_checks
@@ -23,7 +23,9 @@ WRAPS = ("model.get_video_features",)
 
 def prompts(mixed: bool = True) -> list[Prompt]:
     """[CLS] of a frame is no visual token: it is never counted, and always kept."""
-    rows = video_llava.prompts() if mixed else video_llava.prompts()[:3]
+    picture, videos, _, both = video_llava.prompts()
+    text = video_llava.Row([BOS, *range(31, 54)])
+    rows = [picture, videos, text, *([both] if mixed else [])]
     return [
         Prompt(
             row,

@@ -177,7 +177,8 @@ class ModelCase:
         build: makes the model, the same every time, in eval mode, with weights that make attention
             peaked and logits large: with the usual initialisation most faults are invisible.
         prompts: makes at least three prompts of different lengths: one image, two images and text
-            only. With a batch of one, or without padding, most faults are invisible too.
+            only, which must be longer than the one with an image. With a batch of one, or without
+            padding, most faults are invisible too.
         collate: makes left-padded keyword arguments of forward from prompts.
         placements: where the adapter says that it can act; a tuple is several stages at once.
         unsupported: placements that it must refuse; one that no model can serve is always tried.

@@ -43,11 +43,11 @@ def prompt(*parts: int | Tensor) -> Prompt:
 
 
 def prompts() -> list[Prompt]:
-    """One picture, two pictures, text only: of different lengths, so that rows are padded."""
+    """One picture, two, and text longer than the first: of different lengths, to be padded."""
     return [
         prompt(11, 12, picture(1), 13, 14),
         prompt(21, picture(2), 22, 23, picture(3), 24, 25, 26),
-        prompt(31, 32, 33),
+        prompt(*range(28, 49)),
     ]
 
 
