@@ -74,6 +74,16 @@ def test_rate_warms_up_and_falls_to_zero() -> None:
     assert rates[-1] < 1e-4
 
 
+def test_rate_starts_anew_at_half_the_height_and_is_the_same_before() -> None:
+    once = Stage("any", steps=600, batch=1, rate=1.0, warmup=50)
+    twice = Stage("any", steps=1000, batch=1, rate=1.0, warmup=50, restart=600)
+    rates = [twice.rate_at(step) for step in range(1000)]
+    assert rates[:600] == [once.rate_at(step) for step in range(600)]
+    assert rates[600] == pytest.approx(0.01)
+    assert max(rates[600:]) == pytest.approx(0.5, abs=0.03)
+    assert rates[-1] < 1e-4
+
+
 def test_jittered_positions_keep_order_and_number() -> None:
     shown = torch.arange(64).expand(40, -1)
     places = language.stretched(shown, torch.Generator().manual_seed(0))

@@ -82,7 +82,8 @@ curve is in `results.json`.
    tokens stay in order but advance by 0, 1 or 2, so that the place of an object is better read from
    features than from position ids. And they have **copies**: up to 64 visual tokens appear more
    than once, of which any share, from none to all, shows objects, so that the number of objects is
-   better read from features than from the share of tokens that show objects.
+   better read from features than from the share of tokens that show objects. The learning rate
+   falls to zero in {language_restart} steps, and once more from half the height in the rest.
 
 The model never saw a compressed input: in training no visual token was dropped, merged or masked.
 Jitter and copies ready it for what compression leaves all the same: a model trained without them
@@ -136,6 +137,7 @@ def card(results: dict[str, Any]) -> str:
         tower_batch=training["tower"]["batch"],
         language_steps=training["language"]["steps"],
         language_batch=training["language"]["batch"],
+        language_restart=training["language"]["restart"],
         questions=results["test"]["questions"],
         pictures=results["test"]["pictures"],
         rows="\n".join(rows),

@@ -20,7 +20,7 @@ Step: TypeAlias = Callable[[int], tuple[Tensor, float]]
 
 @dataclass(frozen=True)
 class Stage:
-    """How long and how fast to train: AdamW, linear warm-up, cosine to zero.
+    """How long and how fast to train: AdamW, linear warm-up, cosine to zero, perhaps once more.
 
     Attributes:
         name: names the files of the stage.
@@ -29,6 +29,8 @@ class Stage:
         rate: the highest learning rate.
         warmup: steps of warm-up.
         decay: weight decay of matrices.
+        restart: the step from which the rate warms up and falls once more, to half the height;
+            None for never.
     """
 
     name: str
@@ -37,12 +39,20 @@ class Stage:
     rate: float
     warmup: int = 150
     decay: float = 0.05
+    restart: int | None = None
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
+        if self.restart is None:
+            return self._fallen(self.rate, step, self.steps)
+        if step < self.restart:
+            return self._fallen(self.rate, step, self.restart)
+        return self._fallen(self.rate / 2, step - self.restart, self.steps - self.restart)
+
+    def _fallen(self, rate: float, step: int, steps: int) -> float:
         if step < self.warmup:
-            return self.rate * (step + 1) / self.warmup
-        return self.rate * (1 + math.cos(math.pi * step / self.steps)) / 2
+            return rate * (step + 1) / self.warmup
+        return rate * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 @dataclass(frozen=True)

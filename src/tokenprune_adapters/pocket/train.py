@@ -2,7 +2,7 @@
 
 Everything follows from the seed. A run that was killed continues when it is started again with
 the same folder. It needs the extras `hf` and `cli`, no data set and no graphics card; one core
-takes about three quarters of an hour.
+takes about an hour.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class Recipe:
     questions: int | None
 
 
-FULL = Recipe(Stage("tower", 3000, 64, 1.5e-3), Stage("language", 3600, 16, 1.5e-3), None)
+FULL = Recipe(
+    Stage("tower", 3000, 64, 1.5e-3), Stage("language", 4800, 16, 1.5e-3, restart=3600), None
+)
 QUICK = Recipe(Stage("tower", 4, 4, 1.5e-3), Stage("language", 4, 2, 1.5e-3), 20)
 
 
