@@ -28,8 +28,15 @@ def credit(reply: str, answers: Sequence[str]) -> float:
 def plain(text: str) -> str:
     """Lower case, without articles, punctuation at the ends of words and double spaces.
 
-    >>> plain(" It is a  Top-left. ")
-    'it is top-left'
+    What would leave nothing stays: the option "A" is neither an empty reply nor "The".
+
+    >>> plain(" It is a  Top-left. "), plain("(A)"), plain("...")
+    ('it is top-left', 'a', '...')
     """
-    words = (word.strip(string.punctuation) for word in _ARTICLES.sub(" ", text.lower()).split())
+    lower = text.lower()
+    return _words(_ARTICLES.sub(" ", lower)) or _words(lower) or " ".join(lower.split())
+
+
+def _words(text: str) -> str:
+    words = (word.strip(string.punctuation) for word in text.split())
     return " ".join(word for word in words if word)
