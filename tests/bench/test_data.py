@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from tokenprune.bench import DataError, pocket, read
+from tokenprune.bench import DataError, Sample, pocket, read
 
 
 @pytest.fixture
@@ -54,12 +54,21 @@ def test_a_folder_of_pictures_is_asked_one_prompt(folder):
         ("[1]", 'must be an object with "image" and "question"'),
         ('{"image": "a.png"}', 'must be an object with "image" and "question"'),
         ('{"image": "a", "question": "q", "answers": "yes"}', '"answers" in line 1 .* be a list'),
+        (
+            '{"image": "a", "question": "q", "answers": [{"answer": "yes", "answer_id": 1}]}',
+            "an answer in line 1 .* must be a text or a number, got {'answer': 'yes'",
+        ),
+        ('{"image": "a", "question": "q", "answer": null}', "an answer in line 1 .* got None"),
+        ('{"image": "a", "question": "q", "answer": true}', "an answer in line 1 .* got True"),
+        ('{"image": null, "question": "q"}', '"image" in line 1 .* must be a text, got None'),
+        ('{"image": "a", "question": ["q"]}', '"question" in line 1 .* must be a text, got'),
         ("\n", "holds no questions"),
         ('{"image": "a", "question": "q", "id": 1}\n' * 2, "'1' stands twice"),
     ],
 )
 def test_unusable_lines_are_named(tmp_path, text, words):
     path = tmp_path / "data.jsonl"
+    (tmp_path / "a").touch()
     path.write_text(text)
     with pytest.raises(DataError, match=words):
         read(path)
@@ -83,13 +92,42 @@ def test_broken_pictures_are_named(folder):
     path = lines(
         folder / "q.jsonl",
         {"image": "bad.png", "question": "q"},
-        {"image": "gone.png", "question": "q"},
+        {"image": "pictures/a.png", "question": "q"},
     )
     bad_sample, gone = read(path)
     with pytest.raises(DataError, match=r"bad\.png is not a picture"):
         bad_sample.picture()
-    with pytest.raises(DataError, match=r"cannot read the picture .*gone\.png"):
+    gone.image.unlink()
+    with pytest.raises(DataError, match=r"cannot read the picture .*a\.png"):
         gone.picture()
+    with pytest.raises(DataError, match=r"no picture .*a\.png, which line 2 of .*q\.jsonl"):
+        read(path)
+
+
+def test_a_picture_is_one_group_however_its_file_is_spelled(folder):
+    path = lines(
+        folder / "q.jsonl",
+        {"image": "pictures/a.png", "question": "q"},
+        {"image": "./pictures//a.png", "question": "q"},
+    )
+    assert {sample.group for sample in read(path)} == {"pictures/a.png"}
+
+
+def test_samples_without_a_group_are_about_different_pictures():
+    assert [Sample(name, "", "q").group for name in "ab"] == ["a", "b"]
+
+
+def test_editors_may_begin_a_file_with_a_byte_order_mark(folder):
+    path = folder / "q.jsonl"
+    path.write_text('{"image": "pictures/a.png", "question": "q"}', encoding="utf-8-sig")
+    assert len(read(path)) == 1
+
+
+def test_other_encodings_are_refused(folder):
+    path = folder / "q.jsonl"
+    path.write_text('{"image": "pictures/a.png", "question": "où ?"}', encoding="latin-1")
+    with pytest.raises(DataError, match=r"q\.jsonl is not in UTF-8"):
+        read(path)
 
 
 def test_pocket_vqa_is_fixed_and_balanced():

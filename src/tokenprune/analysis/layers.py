@@ -411,7 +411,7 @@ def _result(
 
     from .. import __version__
 
-    groups = [sample.group or sample.id for sample in samples]
+    groups = [sample.group for sample in samples]
     curves = []
     for (scorer, measure, queries, keep), parts in told.values.items():
         values = torch.cat(parts)

@@ -32,7 +32,8 @@ class Sample:
         question: without placeholder or chat template.
         answers: each is right; ten or more are those of annotators, as in VQAv2. May be empty.
         type: what kind of question; results are reported for each apart.
-        group: names the picture: samples of one group are not independent.
+        group: names the picture: samples of one group are not independent. Empty for a picture
+            that no other sample is about, which is then named after the sample.
         truth: `(patches,)` float32, how much each patch of the model's grid matters, for the
             oracle; None where nobody knows.
     """
@@ -44,6 +45,9 @@ class Sample:
     type: str = "all"
     group: str = ""
     truth: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "group", self.group or self.id)
 
     def picture(self) -> Image.Image:
         """The picture in RGB.
@@ -96,7 +100,8 @@ def read(path: Path | str, prompt: str = DESCRIBE) -> list[Sample]:
         prompt: what to ask about pictures without questions.
 
     Raises:
-        DataError: nothing there, or a line that does not say what is needed; names the line.
+        DataError: nothing there, a line that does not say what is needed, or a picture that is not
+            there; names the line.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -159,10 +164,13 @@ def _pictures(folder: Path, prompt: str) -> list[Sample]:
 
 
 def _lines(path: Path) -> Iterator[Sample]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _sample(line, path, number)
+    try:
+        with path.open(encoding="utf-8-sig") as lines:  # some editors begin files with a mark
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _sample(line, path, number)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not in UTF-8: {error}") from error
 
 
 def _sample(line: str, path: Path, number: int) -> Sample:
@@ -173,15 +181,24 @@ def _sample(line: str, path: Path, number: int) -> Sample:
         raise DataError(f"{where} is not JSON: {error}") from error
     if not isinstance(row, dict) or not {"image", "question"} <= row.keys():
         raise DataError(f'{where} must be an object with "image" and "question"')
+    for name in ("image", "question"):
+        if not isinstance(row[name], str):
+            raise DataError(f'"{name}" in {where} must be a text, got {row[name]!r}')
     answers = row.get("answers", [row["answer"]] if "answer" in row else [])
     if not isinstance(answers, list):
         raise DataError(f'"answers" in {where} must be a list, got {type(answers).__name__}')
-    image = str(row["image"])
+    for answer in answers:
+        if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+            raise DataError(f"an answer in {where} must be a text or a number, got {answer!r}")
+    named = Path(row["image"])
+    image = path.parent / named
+    if not image.is_file():
+        raise DataError(f"there is no picture {image}, which {where} asks about")
     return Sample(
         id=str(row.get("id", number)),
-        image=path.parent / image,
-        question=str(row["question"]),
+        image=image,
+        question=row["question"],
         answers=tuple(map(str, answers)),
         type=str(row.get("type", "all")),
-        group=image,
+        group=str(named),
     )
