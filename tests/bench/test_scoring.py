@@ -57,6 +57,12 @@ def test_one_picture_has_no_error():
     assert math.isnan(mean([1.0, 0.0], ["a", "a"]).error)
 
 
+def test_a_type_of_one_picture_has_no_error_and_so_has_the_mean_over_types():
+    types, groups = ["a", "b", "b"], ["p", "p", "q"]
+    assert math.isnan(balanced([1.0, 0.0, 1.0], types, groups).error)
+    assert balanced([1.0, 1.0, 0.0, 1.0], [*types, "a"], [*groups, "q"]).error > 0
+
+
 def test_nothing_to_average_is_refused():
     with pytest.raises(ValueError, match="one group for each value"):
         mean([], [])
@@ -115,3 +121,10 @@ def test_credit(reply, answers, expected):
 
 def test_words_that_look_like_articles_stay():
     assert plain("Theatre an answer") == "theatre answer"
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"), [("A", 1.0), ("(a).", 1.0), ("", 0.0), ("The", 0.0), ("...", 0.0)]
+)
+def test_the_option_a_is_no_article(reply, expected):
+    assert credit(reply, ["A"]) == expected

@@ -51,7 +51,11 @@ def mean(values: Sequence[float], groups: Sequence[str]) -> Mean:
 
 
 def balanced(values: Sequence[float], types: Sequence[str], groups: Sequence[str]) -> Mean:
-    """The mean over types of question, each of the same weight, with a clustered error."""
+    """The mean over types of question, each of the same weight, with a clustered error.
+
+    The error is NaN where a type has questions about one picture only: nobody knows how far they
+    would differ about another.
+    """
     names = list(dict.fromkeys(types))
     weight = {name: len(types) / (len(names) * types.count(name)) for name in names}
     each = {
@@ -61,7 +65,9 @@ def balanced(values: Sequence[float], types: Sequence[str], groups: Sequence[str
     value = sum(each.values()) / len(names)
     # As a mean of questions whose deviation from their own type's mean is weighted.
     pull = [value + weight[t] * (v - each[t]) for v, t in zip(values, types, strict=True)]
-    return Mean(value, mean(pull, groups).error, len(values))
+    asked = set(zip(types, groups, strict=True))
+    alone = any(sum(kind == name for kind, _ in asked) < 2 for name in names)
+    return Mean(value, math.nan if alone else mean(pull, groups).error, len(values))
 
 
 def f1(replies: Sequence[bool], truths: Sequence[bool]) -> float:
