@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from tokenprune import parse
-from tokenprune.bench import DataError, pocket
-from tokenprune.bench.bound import lower_bound
+from tokenprune.bench import DataError, Sample, pocket, tuning
+from tokenprune.bench.asking import Record
+from tokenprune.bench.bound import lower_bound, trials_needed
 from tokenprune.bench.tuning import tune
 
 
@@ -67,7 +68,28 @@ def test_methods_that_the_model_cannot_serve_are_named(shipped, prompts):
 
 
 def test_a_floor_that_cannot_be_shown_is_refused(shipped, prompts):
-    with pytest.raises(DataError, match=r"\d+ pictures cannot show 0.99 .* takes 816"):
+    with pytest.raises(DataError, match=r"\d+ pictures cannot show 0.99 .* takes 816") as refused:
         tune(*shipped, prompts, floor=0.99)
-    with pytest.raises(DataError, match="between 0 and 1"):
+    highest = float(str(refused.value).rpartition(" ")[2])
+    half, level = len({one.group for one in prompts}) // 2, 1 - 0.05 / 3
+    assert trials_needed(highest, level) <= half < trials_needed(highest + 0.001, level)
+    with pytest.raises(DataError, match="floor must be between 0 and 1"):
         tune(*shipped, prompts, floor=1.0)
+    for confidence in (0.0, 1.0, 1.5):
+        with pytest.raises(DataError, match="confidence must be between 0 and 1"):
+            tune(*shipped, prompts, floor=0.6, confidence=confidence)
+
+
+@pytest.mark.parametrize(("seconds", "found"), [(0.5, True), (2.0, False)])
+def test_what_is_slower_than_the_unpruned_model_is_not_the_best(monkeypatch, seconds, found):
+    def ask(model, processor, part, entrants, **options):
+        return [
+            Record(["yes"] * len(part), total=[seconds if one.stages else 1.0], depth=1)
+            for one in entrants
+        ]
+
+    monkeypatch.setattr(tuning, "ask", ask)
+    samples = [Sample(str(n), "", "q") for n in range(40)]
+    tuned = tune(None, None, samples, floor=0.6, specs=["random"], keeps=[0.5], text=str)
+    assert tuned.confirmed[0].bound > 0.6
+    assert (tuned.best is not None) == found

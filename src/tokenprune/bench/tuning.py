@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -64,7 +65,8 @@ class Tuned:
     """What was found.
 
     Attributes:
-        best: the cheapest trial whose bound reaches the floor; None where none does.
+        best: the cheapest trial whose bound reaches the floor; None where none does, or where the
+            unpruned model is as cheap.
         vanilla: the unpruned model on the pictures of the confirmation.
         searched: all trials of the first half of the pictures.
         confirmed: the trials of the other half.
@@ -120,18 +122,23 @@ def tune(
         progress: is told how many replies came in.
 
     Raises:
-        DataError: too few pictures to show the floor even if all agree; says how many it takes.
+        DataError: too few pictures to show the floor even if all agree; says how many it takes, and
+            what floor they can show. A floor or a confidence that is none.
         SpecError, UnknownNameError, BudgetError: a spec that cannot be used.
     """
     if not 0 < floor < 1:
         raise DataError(f"the floor must be between 0 and 1, got {floor}; try 0.99")
+    if not 0 < confidence < 1:
+        raise DataError(f"the confidence must be between 0 and 1, got {confidence}; try 0.95")
     level = 1 - (1 - confidence) / CONFIRMED
     pictures = list(dict.fromkeys(sample.group for sample in samples))
     needed = trials_needed(floor, level)
-    if len(pictures) // 2 < needed:
+    half = len(pictures) // 2
+    if half < needed:
+        most = math.floor(1000 * lower_bound(half, half, level)) / 1000 if half else 0.0
         raise DataError(
             f"{len(pictures)} pictures cannot show {floor:.3g} at confidence {confidence:.3g}: it "
-            f"takes {2 * needed} even if all agree; give more, or a lower floor"
+            f"takes {2 * needed} even if all agree; give more, or a floor of at most {most:.3f}"
         )
     ladders = {spec: _falling(keeps) if adjustable(spec) else (None,) for spec in specs}
     first = set(pictures[::2])
@@ -176,10 +183,13 @@ def tune(
         _trial(entrant, record, reference, behind, level)
         for entrant, record in zip(again[1:], records, strict=True)
     )
+    unpruned = _trial(vanilla, reference, reference, behind)
     passed = [t for t in confirmed if t.bound is not None and t.bound >= floor]
+    if cost == "time":  # of tokens, nothing takes more
+        passed = [t for t in passed if t.milliseconds < unpruned.milliseconds]
     return Tuned(
         best=min(passed, key=lambda trial: _price(trial, cost), default=None),
-        vanilla=_trial(vanilla, reference, reference, behind),
+        vanilla=unpruned,
         searched=tuple(found),
         confirmed=confirmed,
         floor=floor,

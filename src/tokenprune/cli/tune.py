@@ -72,7 +72,16 @@ def run_tune(request: Request) -> Tuned:
         f"together, on {tuned.vanilla.pictures} pictures that the search has not seen",
         style="dim",
     )
-    if tuned.best is None:
+    reached = any(
+        trial.bound is not None and trial.bound >= tuned.floor for trial in tuned.confirmed
+    )
+    if tuned.best is None and reached:
+        out.print(
+            f"what reaches {tuned.floor:.3g} is no faster than the unpruned model here: leave the "
+            "model as it is, or ask for fewer tokens with --cost tokens",
+            soft_wrap=True,
+        )
+    elif tuned.best is None:
         out.print(f"nothing reaches {tuned.floor:.3g}: leave the model as it is, or lower --floor")
     else:
         out.print(tuned.best.spec, markup=False, soft_wrap=True)
