@@ -6,11 +6,12 @@ import json
 import pytest
 
 import tokenprune
-from tokenprune.bench import DataError, bench, pocket
+from tokenprune.bench import DataError, asking, bench, pocket
 from tokenprune.bench.asking import Record
 from tokenprune.bench.data import Sample
 from tokenprune.bench.entrants import enter
 from tokenprune.bench.plots import plot
+from tokenprune.bench.prompting import prompter
 from tokenprune.bench.result import rows
 
 SPECS, KEEPS = ["vtc-cls", "fastv", "pyramiddrop(first=1, second=2, third=3)"], [1.0, 0.25, 4]
@@ -138,16 +139,17 @@ def test_questions_without_answers_are_refused(shipped, samples):
         bench(*shipped, [], ["vtc-cls"], [0.5])
 
 
-def told(entrants, right):
+def told(entrants, right, held=None, crops=1):
     """Rows for replies of which the first so many are right, each about its own picture."""
+    held = held or {}
     samples = [Sample(str(n), "", "q", ("yes",), group=str(n)) for n in range(100)]
     records = [
         Record(
             replies=["yes"] * count + ["no"] * (100 - count),
             first=[1.0],
             total=[1.0],
-            layers={0: 6400} if one.stages else {},
-            pictures=100 if one.stages else 0,
+            layers={0: 100 * held.get(one.kind, 64)} if one.stages else {},
+            pictures=100 * crops if one.stages else 0,
             before=6400 if one.stages else 0,
         )
         for one, count in zip(entrants, right, strict=True)
@@ -163,6 +165,49 @@ def test_a_method_must_beat_every_floor_beyond_the_error(method, wins):
     by = {row.label: row.beats_floors for row in found}
     assert by.pop("vtc-cls") is wins
     assert set(by.values()) == {None}
+
+
+def test_there_is_no_verdict_where_a_floor_held_fewer_tokens():
+    """The budget of a schedule's second stage says nothing about the first."""
+    entrants = enter(["random | evict(0.9); fastv({keep})"], [0.5])
+    found = told(entrants, [95] * len(entrants), held={"method": 90})
+    assert {row.kind: row.beats_floors for row in found}["method"] is None
+    equal = told(entrants, [95] * len(entrants), held={"method": 64})
+    assert {row.kind: row.beats_floors for row in equal}["method"] is False
+
+
+def test_tokens_are_those_of_a_picture_where_budgets_are_for_crops():
+    """Five crops each, of which the report tells one by one."""
+    entrants = enter(["fastervlm"], [8])
+    found = told(entrants, [50] * len(entrants), crops=5)
+    assert {row.tokens for row in found} == {((0, 64.0),)}
+    assert found[-1].keep == pytest.approx(8 / (64 / 5))
+
+
+def test_f1_knows_yes_in_any_case():
+    samples = [
+        Sample(str(n), "", "q", (answer,), "existence") for n, answer in enumerate(["Yes", "No"])
+    ]
+    said = Record(["yes.", "no"], first=[1.0], total=[1.0])
+    (row,) = rows(samples, enter([], [])[:1], [said])
+    assert (row.f1, row.accuracy) == (1.0, 1.0)
+
+
+def test_everybody_is_warmed_up_before_times_are_taken(shipped, samples, monkeypatch):
+    answered = []
+    real = asking._answer
+
+    def noting(model, processor, inputs, entrant, *rest):
+        answered.append(entrant.label)
+        real(model, processor, inputs, entrant, *rest)
+
+    entrants = enter(["vtc-cls"], [0.25])[:3]
+    monkeypatch.setattr(asking, "_answer", noting)
+    found = asking.ask(
+        *shipped, samples[:4], entrants, text=prompter(shipped[1]), batch=2, max_new_tokens=1
+    )
+    assert answered == [one.label for one in entrants] * 3
+    assert [len(one.total) for one in found] == [2] * 3
 
 
 def test_differences_to_floors_are_paired():

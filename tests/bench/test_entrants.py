@@ -57,6 +57,25 @@ def test_floors_and_controls_stand_beside_every_method_and_placement():
         }
 
 
+def test_inverted_scores_are_those_of_a_method_that_works_there():
+    """FastV has no scores before the LLM, whichever method is named first."""
+    entrants = enter(["fastv", "tome({keep}); fastv({keep})", "vtc-cls"], [0.5])
+    inverted = {one.label: one.spec for one in entrants if one.label.startswith("inverted")}
+    assert inverted == {
+        "inverted": "inverted(cls-attention) | evict(0.5) @ before-llm",
+        "inverted @ after-layer": "inverted(fastv) | evict(0.5) @ after-layer",
+    }
+
+
+def test_floors_have_budgets_for_what_the_method_has_them_for():
+    entrants = enter(["fastervlm", "vtc-cls"], [8])
+    floors = {one.label: (one.spec, one.per) for one in entrants if one.label.startswith("random")}
+    assert floors == {
+        "random per crop": ("random | evict(8, per='crop') @ before-llm", "crop"),
+        "random": ("random | evict(8) @ before-llm", "image"),
+    }
+
+
 def test_floors_run_even_without_a_method():
     labels = [one.label for one in enter([], [0.5])]
     assert labels == ["vanilla", "blind", "random", "uniform", "pool", "inverted"]

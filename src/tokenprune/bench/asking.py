@@ -36,7 +36,7 @@ class Record:
         selector: seconds a question, one for each batch.
         layers: visual tokens from an LLM layer on, by layer, of all pictures.
         kv_bytes, kv_bytes_vanilla: of all prompts; 0 where the model was not reduced.
-        pictures: how many pictures `layers` adds up.
+        pictures: how many pictures `layers` adds up; where budgets are per crop, how many crops.
         before: visual tokens of all pictures before any reduction.
         depth: layers of the LLM.
     """
@@ -73,7 +73,7 @@ class Record:
         starts = [*sorted(self.layers), self.depth]
         spans = itertools.pairwise(starts)
         total = sum(self.layers[start] * (stop - start) for start, stop in spans)
-        return total / self.depth / self.pictures
+        return total / self.depth / len(self.replies)
 
     @property
     def selector_ms(self) -> float:
@@ -95,7 +95,8 @@ def ask(
 ) -> list[Record]:
     """Greedy answers of every entrant to every sample.
 
-    The first batch is asked once more in front, without being counted, to warm up.
+    Every entrant answers the first batch once more in front, without being counted, to warm up: a
+    device's first call of what only one of them needs would else be that one's time.
 
     Args:
         model: a model with an adapter, not attached.
@@ -117,7 +118,8 @@ def ask(
         if oracle is not None:
             oracle.rows[:] = [_known(sample) for sample in part]
         if number == 0:
-            _answer(model, processor, sighted, entrants[0], max_new_tokens, Record())
+            for entrant in entrants:
+                _answer(model, processor, sighted, entrant, max_new_tokens, Record())
         for entrant, record in zip(entrants, records, strict=True):
             if entrant.blind and unseen is None:
                 gray = [Image.new("RGB", picture.size, GRAY) for picture in seen]

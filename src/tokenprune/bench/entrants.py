@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..budget import Budgeted, Keep, Per
 from ..errors import SpecError
 from ..placement import BeforeLLM, Placement
 from ..reducers import Evict, Pool
@@ -54,6 +55,12 @@ class Entrant:
         """Where it reduces first."""
         return self.stages[0].placement if self.stages else None
 
+    @property
+    def per(self) -> Per:
+        """What its first budget is for."""
+        steps = _steps(self.stages)
+        return next((step.per for step in steps if isinstance(step, Budgeted)), "image")
+
 
 @dataclass(frozen=True, eq=False)
 class Given(Scorer):
@@ -91,7 +98,8 @@ def enter(
 ) -> list[Entrant]:
     """All lines of a bench: vanilla and blind, and for each budget methods, floors, controls.
 
-    A budget of 1.0 is vanilla. Floors stand at every placement that a method uses.
+    A budget of 1.0 is vanilla. Floors stand at every placement that a method uses, with a budget
+    for what the method's is for: 128 tokens of each crop are more than 128 of the picture.
 
     Args:
         specs: recipes or specs with one budget, which is replaced; or with `{keep}` in its place.
@@ -114,17 +122,22 @@ def enter(
             if spec not in whole
         ]
         entrants += methods
-        places = dict.fromkeys(one.stages[0].placement for one in methods) or {BeforeLLM(): None}
-        for place in places:
-            after = "" if place == BeforeLLM() else f" @ {spec_of(place)}"
-            for label, steps in (*_floors(keep), *_controls(keep, methods, oracle)):
+        places: dict[tuple[Placement, Per], None] = dict.fromkeys(
+            (one.stages[0].placement, one.per) for one in methods
+        )
+        for place, per in places or {(BeforeLLM(), "image"): None}:
+            after = "" if per == "image" else f" per {per}"
+            after += "" if place == BeforeLLM() else f" @ {spec_of(place)}"
+            budget = Keep(keep, per)
+            inverted = Inverted(_to_invert(methods, place))
+            for label, steps in (*_floors(budget), *_controls(budget, inverted, oracle)):
                 kind: Kind = "control" if label in ("oracle", "inverted") else "floor"
                 stage = Strategy(*steps).at(place)
                 entrants.append(Entrant(label + after, kind, keep, (stage,)))
     return entrants
 
 
-def _floors(keep: int | float) -> list[tuple[str, tuple[Scorer | Reducer, ...]]]:
+def _floors(keep: Keep) -> list[tuple[str, tuple[Scorer | Reducer, ...]]]:
     return [
         ("random", (RandomScorer(), Evict(keep))),
         ("uniform", (UniformScorer(), Evict(keep))),
@@ -133,16 +146,25 @@ def _floors(keep: int | float) -> list[tuple[str, tuple[Scorer | Reducer, ...]]]
 
 
 def _controls(
-    keep: int | float, methods: Sequence[Entrant], oracle: Given | None
+    keep: Keep, inverted: Inverted, oracle: Given | None
 ) -> list[tuple[str, tuple[Scorer | Reducer, ...]]]:
-    scorers = [step for one in methods for step in _steps(one.stages) if isinstance(step, Scorer)]
-    first = scorers[0] if scorers else ClsAttentionScorer()
     controls: list[tuple[str, tuple[Scorer | Reducer, ...]]] = [
-        ("inverted", (Inverted(first), Evict(keep)))
+        ("inverted", (inverted, Evict(keep)))
     ]
     if oracle is not None:
         controls.append(("oracle", (oracle, Evict(keep))))
     return controls
+
+
+def _to_invert(methods: Sequence[Entrant], place: Placement) -> Scorer:
+    """The first scorer of a method that works at `place`: what is known before the LLM stays so."""
+    scorers = (
+        step
+        for one in methods
+        for step in _steps(one.stages[:1])
+        if isinstance(step, Scorer) and (one.place == place or isinstance(one.place, BeforeLLM))
+    )
+    return next(scorers, ClsAttentionScorer())
 
 
 def adjustable(spec: str) -> bool:

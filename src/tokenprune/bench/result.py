@@ -41,7 +41,8 @@ class Row:
         first_token_ms: until the first token, a question.
         total_ms: until the answer is complete, a question.
         beats_floors: for methods: better than every floor of the same budget and placement, by
-            more than two paired standard errors; None where no floor ran.
+            more than two paired standard errors; None where no floor ran, or where one held fewer
+            tokens than the method, as beside a schedule that takes its budget in a later stage.
     """
 
     label: str
@@ -106,8 +107,8 @@ def rows(
 ) -> tuple[Row, ...]:
     """One row for each entrant; the first entrant must be vanilla."""
     credits = [_credits(samples, record) for record in records]
-    known = max(records, key=lambda record: record.before / max(record.pictures, 1))
-    before = known.before / known.pictures if known.pictures else math.nan
+    questions = len(samples)
+    before = max(record.before for record in records) / questions or math.nan
     found = []
     for place, (entrant, record) in enumerate(zip(entrants, records, strict=True)):
         groups = [sample.group for sample in samples]
@@ -116,15 +117,15 @@ def rows(
         vanilla = records[0].replies
         same = [float(plain(a) == plain(b)) for a, b in zip(record.replies, vanilla, strict=True)]
         agreement = mean(same, groups)
-        questions = len(samples)
-        tokens = tuple((layer, n / record.pictures) for layer, n in sorted(record.layers.items()))
+        tokens = tuple((layer, n / questions) for layer, n in sorted(record.layers.items()))
+        budgeted = record.before / record.pictures if record.pictures else before
         vanilla_bytes = max(one.kv_bytes_vanilla for one in records) / questions or None
         found.append(
             Row(
                 label=entrant.label,
                 spec=entrant.spec,
                 kind=entrant.kind,
-                keep=_fraction(entrant.keep, before),
+                keep=_fraction(entrant.keep, budgeted),
                 accuracy=accuracy.value,
                 error=accuracy.error,
                 types=_types(credits[place], types, groups),
@@ -137,7 +138,7 @@ def rows(
                 selector_ms=record.selector_ms,
                 first_token_ms=record.first_token_ms,
                 total_ms=record.total_ms,
-                beats_floors=_beats(place, entrants, credits, types, groups),
+                beats_floors=_beats(place, entrants, records, credits, types, groups),
             )
         )
     return tuple(found)
@@ -182,7 +183,7 @@ def _types(
 
 def _f1(samples: Sequence[Sample], record: Record) -> float | None:
     pairs = [
-        (plain(reply) == "yes", "yes" in sample.answers)
+        (plain(reply) == "yes", "yes" in map(plain, sample.answers))
         for sample, reply in zip(samples, record.replies, strict=True)
         if sample.type == "existence"
     ]
@@ -198,6 +199,7 @@ def _fraction(keep: int | float, before: float) -> float:
 def _beats(
     place: int,
     entrants: Sequence[Entrant],
+    records: Sequence[Record],
     credits: Sequence[Sequence[float]],
     types: Sequence[str],
     groups: Sequence[str],
@@ -207,9 +209,12 @@ def _beats(
     floors = [
         index
         for index, other in enumerate(entrants)
-        if other.kind == "floor" and other.keep == entrant.keep and other.place == entrant.place
+        if other.kind == "floor"
+        and (other.keep, other.per, other.place) == (entrant.keep, entrant.per, entrant.place)
     ]
     if entrant.kind != "method" or not floors:
+        return None
+    if any(_held_fewer(records[index], records[place]) for index in floors):
         return None
     for index in floors:
         gains = [a - b for a, b in zip(credits[place], credits[index], strict=True)]
@@ -217,3 +222,14 @@ def _beats(
         if not gain.value > 2 * gain.error:
             return False
     return True
+
+
+def _held_fewer(record: Record, other: Record) -> bool:
+    """Whether `record` had fewer visual tokens than `other` in some layer of the LLM."""
+    layers = {*record.layers, *other.layers}
+    return any(_held(record, layer) < _held(other, layer) for layer in layers)
+
+
+def _held(record: Record, layer: int) -> float:
+    """Visual tokens in a layer; infinitely many where nothing was reduced."""
+    return next((n for since, n in sorted(record.layers.items())[::-1] if since <= layer), math.inf)
