@@ -18,7 +18,8 @@ def run(page: Path, found: list[Block]) -> None:
     names: dict[str, object] = {"__name__": "__main__", "__builtins__": builtins}
     for block in found:
         padded = "\n" * (block.line - 1) + block.code
-        exec(compile(padded, str(page), "exec"), names)
+        # Without this file's own `from __future__`, which a reader's script does not have.
+        exec(compile(padded, str(page), "exec", dont_inherit=True), names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
