@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer
 
-import tokenprune
+import tokenprune.bench
+import tokenprune.testing
+import tokenprune_adapters.pocket
 from support.markdown import ROOT, blocks, links, name, pages
 from tokenprune.cli.app import app
 
@@ -52,9 +55,14 @@ def test_readme_names_both_set_up_commands() -> None:
     assert made == [["make", "demo"], ["make", "test"]]
 
 
-def test_every_public_name_is_in_the_reference() -> None:
+@pytest.mark.parametrize(
+    "package",
+    [tokenprune, tokenprune.testing, tokenprune.bench, tokenprune_adapters.pocket],
+    ids=lambda package: package.__name__,
+)
+def test_every_public_name_is_in_the_reference(package: ModuleType) -> None:
     reference = "\n".join(p.read_text() for p in (ROOT / "docs" / "reference").rglob("*.md"))
-    shown = set(re.findall(r"^::: tokenprune\.(?:\w+\.)*(\w+)", reference, re.MULTILINE))
+    shown = set(re.findall(r"^::: tokenprune\w*\.(?:\w+\.)*(\w+)", reference, re.MULTILINE))
     if "errors" in shown:
         shown |= {each for each in tokenprune.__all__ if each.endswith("Error")}
-    assert set(tokenprune.__all__) - shown == set()
+    assert set(package.__all__) - shown == set()
