@@ -64,6 +64,9 @@ class Keep:
     def from_pruning_rate(cls, rate: float, per: Per = "image") -> Keep:
         """The budget of papers that state what is REMOVED (FastV's R, FasterVLM's reduction ratio).
 
+        Raises:
+            BudgetError: a rate outside [0, 1).
+
         >>> Keep.from_pruning_rate(0.75)
         Keep(amount=0.25, per='image')
         """

@@ -36,7 +36,8 @@ class Report:
         kept: for each image of the latest reduction, where the kept tokens come from: patches, or
             crop (or frame) times patches per crop plus patch; see `Reduction.places`.
         calls: batches of images reduced since attaching.
-        tokens_before, tokens_after: visual tokens of all those calls.
+        tokens_before: visual tokens of all those calls, before the first stage.
+        tokens_after: the same, after the last.
         selector_seconds: time spent scoring, deciding and applying, over all calls.
         kv_bytes: bytes of KV cache after the latest prefill, as it was stored.
         kv_bytes_vanilla: what the unpruned model would have stored for the same prompt.

@@ -73,8 +73,8 @@ class Signal(ABC):
 class ClsAttention(Signal):
     """Attention of the [CLS] token to each visual token, per vision layer and head.
 
-    Softmax over all keys, [CLS] included; the [CLS] column is left out and the rest is NOT
-    renormalised (VTC-CLS, arXiv 2412.05819, eq. 1).
+    `(batch, layers, heads, tokens)`. Softmax over all keys, [CLS] included; the [CLS] column is
+    left out and the rest is NOT renormalised (VTC-CLS, arXiv 2412.05819, eq. 1).
     """
 
     layers: Layers
@@ -88,7 +88,7 @@ class ClsAttention(Signal):
 class LastQueryAttention(Signal):
     """Attention of the last real token of the prompt to each visual token, in an LLM layer.
 
-    FastV (arXiv 2403.06764); -1 is the latest layer that has run.
+    `(batch, layers, heads, tokens)`. FastV (arXiv 2403.06764); -1 is the latest layer that has run.
     """
 
     layers: tuple[int, ...] = (-1,)
@@ -99,7 +99,8 @@ class LastQueryAttention(Signal):
 class TextQueryAttention(Signal):
     """Attention of all text tokens after an image to its visual tokens, mean over them, in an LLM.
 
-    The wording of FastV's paper (arXiv 2403.06764); -1 is the latest layer that has run.
+    `(batch, layers, heads, tokens)`. The wording of FastV's paper (arXiv 2403.06764); -1 is the
+    latest layer that has run.
     """
 
     layers: tuple[int, ...] = (-1,)
@@ -108,7 +109,10 @@ class TextQueryAttention(Signal):
 
 @dataclass(frozen=True)
 class Keys(Signal):
-    """Attention keys of the visual tokens in one vision layer, before any scaling."""
+    """Attention keys of the visual tokens in one vision layer, before any scaling.
+
+    `(batch, heads, tokens, channels)`, the channels of a head.
+    """
 
     layer: int
     axes: ClassVar[str] = "batch heads tokens channels"
@@ -118,8 +122,9 @@ class Keys(Signal):
 class ReceivedAttention(Signal):
     """Mean attention that each visual token of a vision tower receives from the visual tokens.
 
-    Per vision layer and head. Softmax over all keys, [CLS] or registers included where there are
-    any; they are left out as queries and as receivers, and the rest is not renormalised.
+    `(batch, layers, heads, tokens)`, per vision layer and head. Softmax over all keys, [CLS] or
+    registers included where there are any; they are left out as queries and as receivers, and the
+    rest is not renormalised.
     """
 
     layers: Layers
@@ -133,8 +138,8 @@ class ReceivedAttention(Signal):
 class GivenAttention(Signal):
     """Mean attention that each visual token of a vision tower gives to the visual tokens.
 
-    The other margin of the matrix of which `ReceivedAttention` is one: without [CLS] or registers
-    it is the same for every token.
+    `(batch, layers, heads, tokens)`. The other margin of the matrix of which `ReceivedAttention` is
+    one: without [CLS] or registers it is the same for every token.
     """
 
     layers: Layers
@@ -146,14 +151,20 @@ class GivenAttention(Signal):
 
 @dataclass(frozen=True)
 class PoolAttention(Signal):
-    """Attention of the probe of an attention-pooling head (SigLIP) to each visual token."""
+    """Attention of the probe of an attention-pooling head (SigLIP) to each visual token.
+
+    `(batch, heads, tokens)`.
+    """
 
     axes: ClassVar[str] = "batch heads tokens"
 
 
 @dataclass(frozen=True)
 class AlignedFeatures(Signal):
-    """Visual tokens in the space that a model shares between pictures and text (CLIP's)."""
+    """Visual tokens in the space that a model shares between pictures and text (CLIP's).
+
+    `(batch, tokens, channels)`.
+    """
 
     axes: ClassVar[str] = "batch tokens channels"
 
@@ -162,7 +173,7 @@ class AlignedFeatures(Signal):
 class TextFeatures(Signal):
     """Features of the text, one or several per row, in the space of `AlignedFeatures`.
 
-    Rows of zeros are padding.
+    `(batch, texts, channels)`; rows of zeros are padding.
     """
 
     axes: ClassVar[str] = "batch texts channels"

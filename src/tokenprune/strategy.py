@@ -34,7 +34,11 @@ class Scorer(ABC):
 
 
 class Reducer(ABC):
-    """Decides which tokens stay or merge. Implementations are frozen dataclasses."""
+    """Decides which tokens stay or merge. Implementations are frozen dataclasses.
+
+    Attributes:
+        needs_scores: True for one that cannot do without a scorer before it.
+    """
 
     needs_scores: ClassVar[bool] = False
 
@@ -45,7 +49,14 @@ class Reducer(ABC):
 
     @abstractmethod
     def plan(self, tokens: VisualTokens, scores: Tensor | None, signals: Signals) -> Plan:
-        """The decision, as data. `scores` is None where no scorer came before."""
+        """The decision, as data.
+
+        Args:
+            tokens: a padded batch of visual tokens.
+            scores: `(batch, tokens)` float32, higher = keep, anything on padding; None where no
+                scorer came before.
+            signals: holds what `signals` asks for.
+        """
 
 
 @dataclass(frozen=True, eq=False)

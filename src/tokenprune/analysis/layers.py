@@ -83,7 +83,8 @@ class Consistency:
     Attributes:
         model: its name or folder.
         data: name, and numbers of questions and pictures.
-        device, dtype: of the model.
+        device: of the model.
+        dtype: of the model.
         tokens: visual tokens of a picture, on average.
         answer: tokens of an answer, on average, its end apart.
         scorers: specs in the order they were given; ``"random"`` is the last.

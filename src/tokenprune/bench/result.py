@@ -36,7 +36,8 @@ class Row:
         agreement: how often the reply is vanilla's.
         agreement_error: its standard error, clustered by picture.
         tokens: (LLM layer, visual tokens of a picture from that layer on), in order.
-        kv_bytes, kv_bytes_vanilla: of a prompt after its prefill, on average; None if unknown.
+        kv_bytes: KV cache of a prompt after its prefill, on average; None if unknown.
+        kv_bytes_vanilla: the same of the unpruned model.
         selector_ms: scoring and reducing, a question.
         first_token_ms: until the first token, a question.
         total_ms: until the answer is complete, a question.
@@ -71,7 +72,8 @@ class Bench:
     Attributes:
         model: its name or folder.
         data: name, and numbers of questions and pictures.
-        device, dtype: of the model.
+        device: of the model.
+        dtype: of the model.
         batch: questions in one `generate`; times depend on it.
         versions: of tokenprune, torch and transformers.
         rows: one for each entrant; the first is vanilla.

@@ -70,7 +70,8 @@ class Tuned:
         vanilla: the unpruned model on the pictures of the confirmation.
         searched: all trials of the first half of the pictures.
         confirmed: the trials of the other half.
-        floor, confidence: what was asked for; `confidence` holds for all confirmations together.
+        floor: the share of agreeing pictures that was asked for.
+        confidence: that was asked for; it holds for all confirmations together.
         skipped: why methods were not tried, by spec.
     """
 

@@ -65,8 +65,8 @@ def tokenprune_scorers() -> Iterable[ScorerPlugin]:
     )
     yield ScorerPlugin(
         "relevance",
-        "cosine of each visual token with the text, where an adapter gives a space of both: ours do "
-        "not",
+        "cosine of each visual token with the text, where an adapter gives a space of both: "
+        "ours do not",
         RelevanceScorer,
         "CDPruner (arXiv 2506.10967)",
     )

@@ -46,7 +46,7 @@ def parametrize_with_checks(subjects: Iterable[Subject]) -> Callable[[F], F]:
         subjects: scorers, reducers (instances, or classes to make with their defaults), and
             `ScorerCase`, `ReducerCase`, `TowerCase` or `ModelCase` objects.
 
-    ::
+    For example, in a test file:
 
         @parametrize_with_checks([SharpnessScorer()])
         def test_contract(case, check):
