@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -36,19 +37,43 @@ class Sizes(Signal):
     axes: ClassVar[str] = "batch tokens"
 
 
+@dataclass(frozen=True, eq=False)
+class _Image:
+    """What is known of one image.
+
+    Attributes:
+        signals: of the patches that are left, without an axis of images.
+        places: `(slots,)` what its slots hold, see `Images.of`; None: in order.
+    """
+
+    signals: dict[Signal, Tensor]
+    places: Tensor | None
+
+
+@dataclass(eq=False)
+class _Remembered:
+    """What one thread has put, oldest first, and how many images came with the latest call."""
+
+    images: OrderedDict[int, _Image] = field(default_factory=OrderedDict)
+    latest: int = 0
+
+
 class SignalStore(NotCopyable):
     """Signals of the latest images, by fingerprint; safe to share between threads.
 
+    No thread makes another one's images forgotten. Of each thread, those of the latest two calls of
+    `put` stay whatever their number, since models may encode the pictures and the videos of one
+    batch in a call each.
+
     Args:
         dtype: of the language model's embeddings, into which features are cast.
-        capacity: images remembered; a larger batch is remembered whole.
+        capacity: images remembered of each thread, if two calls don't bring more.
     """
 
     def __init__(self, dtype: torch.dtype, capacity: int = 64) -> None:
         self.dtype = dtype
         self.capacity = capacity
-        self._known: OrderedDict[int, dict[Signal, Tensor]] = OrderedDict()
-        self._places: dict[int, Tensor] = {}
+        self._of: WeakKeyDictionary[threading.Thread, _Remembered] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
     def put(
@@ -66,13 +91,29 @@ class SignalStore(NotCopyable):
         """
         prints = self._prints(features)
         with self._lock:
+            mine = self._of.setdefault(threading.current_thread(), _Remembered())
             for number, each in enumerate(prints):
-                self._known.pop(each, None)
-                self._known[each] = {s: answer[number] for s, answer in signals.items()}
-                if places:
-                    self._places[each] = places[number]
-            while len(self._known) > max(self.capacity, len(prints)):
-                self._places.pop(self._known.popitem(last=False)[0], None)
+                mine.images.pop(each, None)
+                mine.images[each] = _Image(
+                    {s: answer[number] for s, answer in signals.items()},
+                    places[number] if places else None,
+                )
+            while len(mine.images) > max(self.capacity, mine.latest + len(prints)):
+                mine.images.popitem(last=False)
+            mine.latest = len(prints)
+
+    def _find(self, prints: list[int]) -> list[_Image]:
+        """The images with these fingerprints; none if one of them did not come by here."""
+        with self._lock:
+            # Features may be encoded in one thread and used in another.
+            mine = self._of.get(threading.current_thread(), _Remembered())
+            everywhere = [mine, *self._of.values()]
+            found = [
+                next((one.images[each] for one in everywhere if each in one.images), None)
+                for each in prints
+            ]
+        known = [each for each in found if each is not None]
+        return known if len(known) == len(found) else []
 
     def places(self, features: Sequence[Tensor]) -> list[Tensor]:
         """What the slots of images with these features hold.
@@ -80,10 +121,9 @@ class SignalStore(NotCopyable):
         Raises:
             MissingSignalError: one of them did not come by here.
         """
-        with self._lock:
-            found = [self._places.get(each) for each in self._prints(features)]
-        known = [each for each in found if each is not None]
-        if len(known) < len(found):
+        found = self._find(self._prints(features))
+        known = [each.places for each in found if each.places is not None]
+        if len(known) < len(features):
             raise MissingSignalError(
                 "image features did not come from the attached model, so it is not known which "
                 "patches they hold; pass pixel_values, not features of your own"
@@ -98,10 +138,8 @@ class SignalStore(NotCopyable):
 
     def get(self, prints: Tensor) -> Signals:
         """What is known of all these images; nothing if one of them did not come by here."""
-        with self._lock:
-            found = [self._known.get(each) for each in prints.tolist()]
-        known = [each for each in found if each is not None]
-        if not known or len(known) < len(found):
+        known = [each.signals for each in self._find(prints.tolist())]
+        if not known:
             return Signals()
         return Signals(
             {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -183,6 +184,31 @@ def test_threads_do_not_mix(llava: Any) -> None:
             for _ in range(3):
                 for got, each in zip(pool.map(answer, batches), wanted, strict=True):
                     close(got, each)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scorer", ["random", "cls-attention"])
+def test_threads_with_many_images_do_not_make_each_other_forget(llava: Any, scorer: str) -> None:
+    model = llava()
+    batches = [[Row([BOS, picture(100 * n + row), 5]) for row in range(33)] for n in (0, 1)]
+    together = threading.Barrier(2)
+
+    def answer(batch: list[Row]) -> Tensor:
+        return model(**collate(batch)).logits[:, -1]
+
+    def wait(*_: object) -> None:
+        """Both have encoded their images before either asks what is known of them."""
+        together.wait(timeout=60)
+
+    with tokenprune.attach(model, f"{scorer} | evict(4) @ after-layer(1)"):
+        wanted = [answer(batch) for batch in batches]
+        handle = model.model.language_model.register_forward_pre_hook(wait)
+        try:
+            with ThreadPoolExecutor(2) as pool:
+                for got, each in zip(pool.map(answer, batches), wanted, strict=True):
+                    close(got, each)
+        finally:
+            handle.remove()
 
 
 def test_detaching_restores_the_model(llava: Any) -> None:

@@ -230,6 +230,26 @@ def test_a_batch_equals_its_rows_alone(
             close(alone.logits[0], together.logits[row])
 
 
+@pytest.mark.parametrize(
+    "stages",
+    [
+        ["random | evict(4, per='frame') @ after-layer(1)"],
+        [before(9, "frame"), spec(4, 1, "cls", "frame")],
+        ["tome(6, per='frame')", "tome(3, per='frame') @ after-layer(1)"],
+    ],
+    ids=["random", "evict", "tome"],
+)
+def test_many_frames_do_not_make_the_pictures_of_their_batch_forgotten(
+    model: Any, stages: list[str]
+) -> None:
+    """Pictures are encoded first, and what is known of them is asked for after 65 frames."""
+    batch = [Row([BOS, picture(1), 5, 6]), *(Row([BOS, video(n, 13), 7]) for n in range(5))]
+    together = reduced(model, *stages, batch=batch, steps=1)
+    for row in (0, 5):
+        alone = reduced(model, *stages, batch=[batch[row]], steps=1)
+        close(alone.logits[0], together.logits[row])
+
+
 @PER
 def test_sampling_follows_the_oracle(model: Any, per: str) -> None:
     def choose(logits: Tensor) -> Tensor:
