@@ -6,6 +6,7 @@ import json
 import pytest
 
 import tokenprune
+from support.llava import tiny_llava
 from tokenprune.bench import DataError, asking, bench, pocket
 from tokenprune.bench.asking import Record
 from tokenprune.bench.data import Sample
@@ -129,6 +130,16 @@ def test_plots_are_pictures(result, tmp_path):
         with Image.open(path) as picture:
             assert picture.size > (600, 400)
             assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
+
+
+@pytest.mark.parametrize(("tower", "select"), [("clip", "default"), ("siglip", "full")])
+def test_a_control_that_the_model_cannot_serve_is_left_out(monkeypatch, tower, select):
+    """Nobody asked for [CLS] attention."""
+    monkeypatch.setattr("tokenprune.bench.compete", lambda m, p, s, entrants, *_, **__: entrants)
+    model = tiny_llava(tower=tower, select=select)
+    entered = bench(model, None, [Sample("0", "", "q", ("yes",))], ["tome"], [0.5])
+    labels = ["vanilla", "blind", "tome", "random", "uniform", "pool"]
+    assert [one.label for one in entered] == labels + ["inverted"] * (tower == "clip")
 
 
 def test_questions_without_answers_are_refused(shipped, samples):

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..attach import attach
+from ..errors import ShapeError, UnsupportedError
 from .asking import ask
 from .data import DataError, Sample, pocket, read
 from .entrants import Entrant, Given, enter
@@ -55,6 +57,9 @@ def bench(
 ) -> Bench:
     """Ask vanilla, every method at every budget, and the floors and controls beside them.
 
+    Without a method that scores, [CLS] attention is what the control inverts; it is left out where
+    the model has none.
+
     Args:
         model: a model with an adapter, not attached; on the device to measure.
         processor: its processor.
@@ -74,7 +79,11 @@ def bench(
     """
     known = all(sample.truth is not None for sample in samples)
     oracle = Given() if known else None
-    entrants = enter(specs, keeps, oracle)
+    entrants = [
+        one
+        for one in enter(specs, keeps, oracle)
+        if one.label.partition(" ")[0] != "inverted" or _serves(model, one)
+    ]
     return compete(
         model,
         processor,
@@ -88,6 +97,14 @@ def bench(
         text=text,
         progress=progress,
     )
+
+
+def _serves(model: PreTrainedModel, entrant: Entrant) -> bool:
+    try:
+        attach(model, *entrant.stages).detach()
+    except (UnsupportedError, ShapeError):  # no such signal, or a tower of fewer layers
+        return False
+    return True
 
 
 def compete(
