@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import Result
 
 from tokenprune import parse
 from tokenprune.cli import main
+from tokenprune.cli.bench import _share
 from tokenprune_adapters import pocket
 
 Command = Callable[..., Result]
@@ -71,6 +73,13 @@ def test_tune_prints_a_spec_that_works(tokenprune: Command, questions: Path) -> 
     ).output
     assert parse(output.splitlines()[-1].strip()) == parse("pool(0.75)")
     assert "exact binomial, one-sided, 0.95" in " ".join(output.split())
+
+
+def test_a_column_names_tokens_only_where_its_rows_agree() -> None:
+    """A schedule that starts with half of them ends with fewer."""
+    rows = [SimpleNamespace(keep=0.5, tokens=((0, n),)) for n in (32.0, 32.0, 8.0)]
+    assert _share(SimpleNamespace(rows=rows[:2]), 0.5) == "32 tokens"
+    assert _share(SimpleNamespace(rows=rows), 0.5) == "50 %"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ GOOD = {"--prompt": "is there a red one ?", "--prune": "random | evict(14)", "--
         ({"--model": "./nowhere"}, "there is no folder ./nowhere; give a checkpoint's folder"),
         ({"--model": "{empty}"}, "cannot load a model from"),
         ({"--image": "{text}"}, "text.png is not a picture that Pillow can read"),
+        ({"--image": "{cut}"}, "cut.png: "),
+        ({"--prune": "random | evict(3) @ after-layer(99)"}, "reduced nothing; does this model"),
         ({"--overlay": "o.xyz"}, "cannot write a picture to o.xyz; name it .png"),
         ({"--overlay": "{text}/o.png"}, "cannot write"),
         ({"--dtype": "float31"}, "unknown dtype 'float31'; try float32"),
@@ -37,8 +39,12 @@ def test_one_line(
     empty, text = picture_file.with_name("empty"), picture_file.with_name("text.png")
     empty.mkdir()
     text.write_text("not a picture")
+    cut = picture_file.with_name("cut.png")
+    cut.write_bytes(picture_file.read_bytes()[:200])
     options = {"--model": str(checkpoint), "--image": str(picture_file), **GOOD}
-    options |= {name: value.format(empty=empty, text=text) for name, value in change.items()}
+    options |= {
+        name: value.format(empty=empty, text=text, cut=cut) for name, value in change.items()
+    }
     with pytest.raises(SystemExit) as stop:
         main(["run", *(word for option in options.items() for word in option)])
     assert stop.value.code == 2

@@ -11,7 +11,11 @@ from PIL import Image
 from typer.testing import Result
 
 import tokenprune as library
+from tokenprune.cli.answer import Answer
+from tokenprune.cli.console import console
 from tokenprune.cli.loading import load
+from tokenprune.cli.run import _table
+from tokenprune.report import ImageReport, Report
 from tokenprune_adapters import pocket
 
 Command = Callable[..., Result]
@@ -96,6 +100,13 @@ def test_a_budget_above_all_changes_nothing(
     assert row(output, "KV cache") == ["-", "unchanged"]
     vanilla, compressed = row(output, "answer")
     assert vanilla == compressed
+
+
+def test_brackets_in_an_answer_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "[0.1, 0.2] [/b] a [red]box[/red]"
+    report = Report(images=(ImageReport(64, 14),))
+    console().print(_table([Answer(text, report)], None))
+    assert text in capsys.readouterr().out
 
 
 def test_a_prompt_with_a_placeholder_is_taken_as_it_is(checkpoint: Path) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import tokenprune as library
 from tokenprune.cli import timing
@@ -38,6 +40,18 @@ def test_all_tokens_are_generated_whatever_the_model_says() -> None:
     timing.measure(model, inputs, [None], runs=1)
     handle.remove()
     assert len(calls) == 2 * (1 + timing.STEPS)
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda:1", 2), ("cpu", 0)])
+def test_the_clock_waits_for_the_device_of_the_model(
+    monkeypatch: pytest.MonkeyPatch, device: str, waits: int
+) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *given: waited.extend(given))
+    model = SimpleNamespace(device=torch.device(device), generate=lambda **_: None)
+    timing._seconds(model, {}, 1)
+    assert waited == [torch.device(device)] * waits
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import AttachError
 from ..report import Report
 from ..strategy import Reduction
+from .loading import CommandError, Loaded
 from .timing import attached
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
-
-    from .loading import Loaded
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ def answer(loaded: Loaded, inputs: BatchFeature, spec: str | None, tokens: int) 
         inputs: of one prompt, exactly as the processor made them.
         spec: what to attach.
         tokens: longest answer.
+
+    Raises:
+        CommandError: the spec reduced nothing, so there is nothing to report.
     """
     with attached(loaded.model, spec) as pruned, torch.inference_mode():
         output = loaded.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
@@ -41,4 +44,9 @@ def answer(loaded: Loaded, inputs: BatchFeature, spec: str | None, tokens: int) 
     text: str = loaded.processor.decode(new, skip_special_tokens=True).strip()
     if pruned is None:
         return Answer(text)
-    return Answer(text, pruned.report, pruned.last)
+    try:
+        return Answer(text, pruned.report, pruned.last)
+    except AttachError as error:
+        raise CommandError(
+            f"{spec!r} reduced nothing; does this model have such layers?"
+        ) from error

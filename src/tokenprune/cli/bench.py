@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -143,14 +144,15 @@ def _accuracy(result: Bench) -> Table:
 
 
 def _share(result: Bench, keep: float) -> str:
-    kept = next(row for row in result.rows if row.keep == keep).tokens[-1][1]
-    return f"{kept:.0f} tokens"
+    """Tokens, where all rows that were asked for as many have as many in the last layer."""
+    kept = {f"{row.tokens[-1][1]:.0f}" for row in result.rows if row.keep == keep}
+    return f"{kept.pop()} tokens" if len(kept) == 1 else f"{100 * keep:.3g} %"
 
 
 def _types(result: Bench) -> Table:
     """Types of question across, for vanilla and for methods at their smallest budget."""
     types = list(result.rows[0].types)
-    shown = table("accuracy in % by type", "kept", *types, "F1")
+    shown = table("accuracy in % by type", "kept", *map(escape, types), "F1")
     last = min((row.keep for row in result.rows if row.kind == "method"), default=1.0)
     for row in result.rows:
         if row.kind == "vanilla" or row.keep == last or row.label == "blind":

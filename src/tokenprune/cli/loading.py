@@ -97,6 +97,8 @@ def open_picture(path: Path) -> Image.Image:
         return upright(Image.open(path)).convert("RGB")
     except UnidentifiedImageError as error:
         raise CommandError(f"{path} is not a picture that Pillow can read") from error
+    except OSError as error:  # e.g. cut short
+        raise CommandError(f"cannot read the picture {path}: {error}") from error
 
 
 def quiet() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..analysis.sheet import Panel, sheet, stacked
 from ..attach import attach
-from ..errors import AttachError, SpecError, UnsupportedError
+from ..errors import SpecError, UnsupportedError
 from ..placement import BeforeLLM
 from ..reducers import Evict
 from ..signals import ClsAttention, Signal, Signals
@@ -25,9 +24,6 @@ from .bench import POCKET, longest, model_named
 from .console import console
 from .drawing import Seen, check_writable, write_picture
 from .loading import CommandError, Loaded, open_picture
-
-if TYPE_CHECKING:
-    from transformers import BatchFeature
 
 KEPT = ("vtc-cls(keep=0.22)", "random(keep=0.22)", "tome(keep=0.22)")
 SCORED = ("cls-attention", "received-attention(layers=1)", "similarity", "fastv @ after-layer(2)")
@@ -91,7 +87,7 @@ def run_picture(request: Request) -> Image.Image:
     longest_answer = longest(request.model, request.max_new_tokens)
 
     said = {
-        spec: _answered(loaded, inputs, spec, stages, longest_answer)
+        spec: answer(loaded, inputs, "; ".join(map(spec_of, stages)), longest_answer)
         for spec, stages in schedules.items()
     }
     out = console()
@@ -134,17 +130,6 @@ def _asked(request: Request) -> tuple[Image.Image, str, str | None]:
         return scene.picture, QUESTION, None
     question = pocket.questions(scene)[0]
     return scene.picture, question.text, question.answer
-
-
-def _answered(
-    loaded: Loaded, inputs: BatchFeature, spec: str, stages: tuple[Stage, ...], tokens: int
-) -> Answer:
-    try:
-        return answer(loaded, inputs, "; ".join(map(spec_of, stages)), tokens)
-    except AttachError as error:
-        raise CommandError(
-            f"{spec!r} reduced nothing that could be drawn; does this model have such layers?"
-        ) from error
 
 
 def _described(rows: Mapping[str, Sequence[Panel]]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from ..report import Report
 from ..spec import parse_schedule, spec_of
@@ -71,7 +72,7 @@ def _table(answers: list[Answer], timings: list[Timing] | None) -> Table:
     report = answers[-1].report
     assert report is not None
     shown = table("", *(["vanilla"] if len(answers) > 1 else []), "compressed")
-    shown.add_row("answer", *(each.text for each in answers))
+    shown.add_row("answer", *(Text(each.text) for each in answers))  # brackets are no markup
     shown.add_row("visual tokens", *_pair(answers, str(before(report)), str(after(report))))
     shown.add_row("KV cache", *_pair(answers, *kv_cache(report)))
     if timings:

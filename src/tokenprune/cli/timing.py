@@ -67,18 +67,18 @@ def measure(
 
 
 def _seconds(model: PreTrainedModel, inputs: BatchFeature, tokens: int) -> float:
-    _wait()
+    _wait(model.device)
     start = time.perf_counter()
     with torch.inference_mode():
         model.generate(**inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
-    _wait()
+    _wait(model.device)
     return time.perf_counter() - start
 
 
-def _wait() -> None:
+def _wait(device: torch.device) -> None:
     """Let the GPU finish, so that the clock reads its work too."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def explained(runs: int) -> str:
