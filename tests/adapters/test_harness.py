@@ -194,3 +194,26 @@ def test_several_pictures_in_one_prompt_count_each() -> None:
         "kv_bytes_vanilla": 640,
         "selector_ms": 250,
     }
+
+
+def asked(model: Any, processor: Any, keep: float, account: Account) -> None:
+    scene = pocket.draw(0)
+    text = pocket.prompt(pocket.questions(scene)[0])
+    inputs = processor(images=scene.picture, text=text, return_tensors="pt")
+    with tokenprune.attach(model, f"vtc-cls(keep={keep})") as pruned:
+        model.generate(**inputs, max_new_tokens=1)
+        account.add(pruned.report)
+
+
+def test_prompts_that_keep_everything_do_not_count_as_empty_caches(tmp_path: Path) -> None:
+    """A report has KV bytes of shortened prompts alone."""
+    whole, small, model = Account(), Account(), pocket.load()
+    asked(*model, 1.0, whole)
+    whole.write(tmp_path / "report.json", {})
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["kv_bytes"] is written["kv_bytes_vanilla"] is None
+    assert "kv_bytes" not in whole.means()
+    asked(*model, 9, small)
+    both = Account(2, 2, {}, small.shortened, small.kv_bytes, small.kv_bytes_vanilla, small.latest)
+    assert both.means()["kv_bytes"] == small.means()["kv_bytes"] == small.kv_bytes > 0
+    assert both.means()["kv_bytes_vanilla"] == small.kv_bytes_vanilla

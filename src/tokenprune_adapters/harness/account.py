@@ -18,13 +18,15 @@ class Account:
         prompts: how many were answered, those without a picture among them.
         images: pictures (or videos) that were reduced.
         layers: visual tokens from an LLM layer on, by layer, of all pictures.
-        kv_bytes, kv_bytes_vanilla: of the caches after each prefill.
+        shortened: those of them whose prompts lost tokens; only of these a report has KV bytes.
+        kv_bytes, kv_bytes_vanilla: of the caches after the prefills of these prompts.
         latest: the report after the latest prompt.
     """
 
     prompts: int = 0
     images: int = 0
     layers: dict[int, int] = field(default_factory=dict)
+    shortened: int = 0
     kv_bytes: int = 0
     kv_bytes_vanilla: int = 0
     latest: Report = field(default_factory=Report)
@@ -36,21 +38,24 @@ class Account:
             self.images += len(report.images)
             for layer, tokens in report.layers:
                 self.layers[layer] = self.layers.get(layer, 0) + tokens
+            self.shortened += len(report.images) if report.kv_bytes_vanilla else 0
             self.kv_bytes += report.kv_bytes
             self.kv_bytes_vanilla += report.kv_bytes_vanilla
         self.latest = report
 
     def means(self) -> dict[str, float]:
-        """Numbers per picture, for the results of the evaluation; empty without pictures."""
+        """Numbers per picture, for the results of the evaluation, of which there are some."""
         if not self.images:
             return {}
-        return {
+        means = {
             "visual_tokens_before": self.latest.tokens_before / self.images,
             "visual_tokens_after": self.latest.tokens_after / self.images,
-            "kv_bytes": self.kv_bytes / self.images,
-            "kv_bytes_vanilla": self.kv_bytes_vanilla / self.images,
             "selector_ms": 1000 * self.latest.selector_seconds / self.images,
         }
+        if self.shortened:
+            means["kv_bytes"] = self.kv_bytes / self.shortened
+            means["kv_bytes_vanilla"] = self.kv_bytes_vanilla / self.shortened
+        return means
 
     def write(self, path: Path, about: Mapping[str, object]) -> None:
         """Write everything as JSON, after what it is `about`."""
@@ -65,8 +70,8 @@ class Account:
                     {"from_layer": layer, "tokens": tokens}
                     for layer, tokens in sorted(self.layers.items())
                 ],
-                "kv_bytes": self.kv_bytes,
-                "kv_bytes_vanilla": self.kv_bytes_vanilla,
+                "kv_bytes": self.kv_bytes if self.shortened else None,
+                "kv_bytes_vanilla": self.kv_bytes_vanilla if self.shortened else None,
                 "selector_seconds": self.latest.selector_seconds,
                 "per_image": self.means(),
             },
