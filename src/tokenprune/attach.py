@@ -16,7 +16,7 @@ from .errors import AttachError, SpecError, UnsupportedError
 from .plugins import registry
 from .report import Record, Report
 from .signals import Signal
-from .spec import parse_schedule, shown, spec_of
+from .spec import shown, spec_of, stages_of
 from .strategy import Reduction, Stage
 from .wrappers import unwrapped
 
@@ -93,7 +93,7 @@ def attach(model: nn.Module, *stages: Stage | str, adapter: str | None = None) -
         AttachError: `model`, or another one that shares a part with it, is already attached.
         SpecError, UnknownNameError, BudgetError: a spec that cannot be used.
     """
-    parsed = tuple(_stages(stages))
+    parsed = stages_of(stages)
     if not parsed:
         raise SpecError("attach needs at least one stage, e.g. attach(model, 'vtc-cls(keep=128)')")
     model = unwrapped(model)
@@ -181,19 +181,6 @@ def watch(model: nn.Module, *, adapter: str | None = None) -> Iterator[Attended]
     with ExitStack() as installed:
         _install(installed, chosen.watch(model, attended))
         yield attended
-
-
-def _stages(stages: tuple[Stage | str, ...]) -> Iterator[Stage]:
-    for stage in stages:
-        if isinstance(stage, Stage):
-            yield stage
-        elif isinstance(stage, str):
-            yield from parse_schedule(stage)
-        else:
-            raise SpecError(
-                f"a stage must be a spec or a Stage, got {stage!r}; place a strategy with "
-                "strategy.at(BeforeLLM())"
-            )
 
 
 def _install(stack: ExitStack, handles: Iterator[Removable]) -> None:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from .errors import SpecError
-from .spec import parse_schedule, spec_of
+from .spec import parse_schedule, spec_of, stages_of
 from .strategy import Stage
 
 FILE = "tokenprune.json"
@@ -34,11 +34,7 @@ def save_pretrained(folder: str | os.PathLike[str], *stages: Stage | str) -> Pat
     """
     from . import __version__
 
-    parsed = [
-        one
-        for stage in stages
-        for one in (parse_schedule(stage) if isinstance(stage, str) else (stage,))
-    ]
+    parsed = stages_of(stages)
     if not parsed:
         raise SpecError("nothing to save: give stages, e.g. 'vtc-cls(keep=128)'")
     content = {
@@ -69,13 +65,18 @@ def from_pretrained(name: str | os.PathLike[str]) -> tuple[Stage, ...]:
             raise SpecError(f"there is no {FILE} in {folder}; save_pretrained writes one")
     else:
         file = _downloaded(str(name))
+    wrong = f'{file} must hold a JSON object with "format" and "spec"'
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        version, spec = content["format"], content["spec"]
+        version = content["format"]
     except (ValueError, TypeError, KeyError) as error:
-        raise SpecError(f'{file} must hold a JSON object with "format" and "spec"') from error
+        raise SpecError(wrong) from error
+    # First, since other formats may say the rest in another way.
     if version != _FORMAT:
         raise SpecError(f"{file} has format {version!r}, this version reads {_FORMAT}; upgrade")
+    spec = content.get("spec")
+    if not isinstance(spec, str):
+        raise SpecError(f"{wrong}, a string; its spec is {spec!r}")
     return parse_schedule(spec)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+from collections.abc import Iterable
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
@@ -52,6 +53,26 @@ def parse(spec: str) -> Stage:
 def parse_schedule(spec: str) -> tuple[Stage, ...]:
     """All stages of a spec with ";" between them, or of a recipe that expands to several."""
     return tuple(stage for part in _split(spec, ";", spec) for stage in _stages(part, spec, True))
+
+
+def stages_of(stages: Iterable[Stage | str]) -> tuple[Stage, ...]:
+    """The stages themselves, and those that specs among them describe.
+
+    Raises:
+        SpecError: something is neither a stage nor a spec.
+    """
+    found: list[Stage] = []
+    for stage in stages:
+        if isinstance(stage, str):
+            found += parse_schedule(stage)
+        elif isinstance(stage, Stage):
+            found.append(stage)
+        else:
+            raise SpecError(
+                f"a stage must be a spec or a Stage, got {stage!r}; place a strategy with "
+                "strategy.at(BeforeLLM())"
+            )
+    return tuple(found)
 
 
 def spec_of(value: Stage | Strategy | Placement | Scorer | Reducer) -> str:

@@ -47,6 +47,9 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     own = tokenprune.Strategy(Own(), tokenprune.Evict(3)).at(tokenprune.BeforeLLM())
     with pytest.raises(SpecError, match="no name in a spec"):
         tokenprune.save_pretrained(tmp_path, own)
+    for wrong in (own.strategy, tokenprune.Evict(3), tokenprune.BeforeLLM(), None):
+        with pytest.raises(SpecError, match="a stage must be a spec or a Stage, got"):
+            tokenprune.save_pretrained(tmp_path, wrong)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -56,6 +59,9 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
         (None, SpecError, "there is no tokenprune.json in .*; save_pretrained writes one"),
         ("{", SpecError, 'must hold a JSON object with "format" and "spec"'),
         ("[]", SpecError, 'must hold a JSON object with "format" and "spec"'),
+        ('{"format": 1}', SpecError, 'with "format" and "spec", a string; its spec is None'),
+        ('{"format": 1, "spec": ["tome(9)"]}', SpecError, "a string; its spec is .'tome"),
+        ('{"format": 2, "stages": []}', SpecError, "has format 2, this version reads 1"),
         ('{"format": 2, "spec": "tome(9)"}', SpecError, "has format 2, this version reads 1"),
         ('{"format": 1, "spec": "tome("}', SpecError, "cannot read"),
         ('{"format": 1, "spec": "gone(3)"}', UnknownNameError, "unknown strategy 'gone'"),
