@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 JOBS ?= 2
-SEED ?= 1
+SEED ?= 0
 CHECKPOINTS ?= pocket
 # Tiny tensors gain nothing from threads, and one process runs per core.
 SINGLE := OMP_NUM_THREADS=1

@@ -111,8 +111,7 @@ questions about a plain gray picture.
 - The questions are easy and the pictures are sparse: about a quarter of the patches shows an object
   or the sign.
 - A claim about the order of methods needs several training seeds; the results page of tokenprune
-  has three. The shipped seed is the better of the first two without compression; the other one
-  learned relation less well.
+  has three. The shipped seed is the better of the first two without compression.
 """
 
 

@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description="Train the pocket model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for state and checkpoint")
-    parser.add_argument("--seed", type=int, default=1, help="1 is what is shipped")
+    parser.add_argument("--seed", type=int, default=0, help="0 is what is shipped")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # as fast as two for a model so small, and its sums have one order
