@@ -57,6 +57,13 @@ def test_floors_and_controls_stand_beside_every_method_and_placement():
         }
 
 
+@pytest.mark.parametrize("keeps", [(1, 1.0), (1.0, 1)])
+def test_one_token_is_not_all_of_them(keeps):
+    entrants = enter(["vtc-cls"], keeps)
+    (method,) = [one for one in entrants if one.kind == "method"]
+    assert spec_of(method.stages[0].strategy) == "cls-attention | evict(1)"
+
+
 def test_inverted_scores_are_those_of_a_method_that_works_there():
     """FastV has no scores before the LLM, whichever method is named first."""
     entrants = enter(["fastv", "tome({keep}); fastv({keep})", "vtc-cls"], [0.5])

@@ -111,7 +111,8 @@ def enter(
         SpecError, UnknownNameError, BudgetError: a spec or budget that cannot be used.
     """
     entrants = [Entrant("vanilla", "vanilla", 1.0), Entrant("blind", "control", 1.0, blind=True)]
-    kept = [keep for keep in dict.fromkeys(keeps) if not (isinstance(keep, float) and keep == 1)]
+    # Vanilla leaves first, since 1.0 would take the place of a budget of 1 token, its equal.
+    kept = list(dict.fromkeys(k for k in keeps if not (isinstance(k, float) and k == 1)))
     whole = {spec: parse_schedule(spec) for spec in specs if not adjustable(spec)}
     for spec, stages in whole.items():
         entrants.append(Entrant(spec, "method", _first_budget(stages), stages))
