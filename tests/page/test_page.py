@@ -170,6 +170,14 @@ def test_pictures_are_inside_and_have_words(page: Reader) -> None:
     ]
 
 
+def test_pictures_that_differ_by_their_ending_are_all_shown(tmp_path: Path) -> None:
+    for name, colour in (("kept.png", "red"), ("kept.jpg", "blue")):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / name)
+    text = Reader(page_of(tmp_path)).text
+    assert "kept.png" in text
+    assert "kept.jpg" in text
+
+
 def test_nothing_is_loaded_from_elsewhere(filled: Fill, bench: dict[str, Any]) -> None:
     text = page_of(filled(bench=bench, kept="words"))
     page = Reader(text)

@@ -10,19 +10,22 @@ from PIL import Image, UnidentifiedImageError
 from .markup import Html, join, tag
 
 PLOTS = {
-    "accuracy": "Accuracy against visual tokens kept; bars are one standard error.",
-    "pareto": "Accuracy against time of a question; the line joins what nothing faster reaches.",
+    "accuracy.png": "Accuracy against visual tokens kept; bars are one standard error.",
+    "pareto.png": "Accuracy against time of a question; the line joins what nothing faster"
+    " reaches.",
 }
 AGREEMENT = {
-    "consistency": "Overlap and rank correlation of scores with the attention of each LLM layer.",
-    "over_k": "Agreement over K, the number of vision layers whose [CLS] attention is averaged.",
+    "consistency.png": "Overlap and rank correlation of scores with the attention of each LLM"
+    " layer.",
+    "over_k.png": "Agreement over K, the number of vision layers whose [CLS] attention is"
+    " averaged.",
 }
 _TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 
 
 def pictures_in(folder: Path) -> dict[str, Path]:
-    """Picture files of `folder` by name without ending, in order of names."""
-    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in _TYPES}
+    """Picture files of `folder` by name, in order."""
+    return {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in _TYPES}
 
 
 def figures(found: dict[str, Path], captions: dict[str, str]) -> Html:
