@@ -204,7 +204,10 @@ def test_f1_knows_yes_in_any_case():
     assert (row.f1, row.accuracy) == (1.0, 1.0)
 
 
-def test_everybody_is_warmed_up_before_times_are_taken(shipped, samples, monkeypatch):
+@pytest.mark.parametrize(("batch", "rounds", "timed"), [(2, 2, 1), (4, 2, 1), (1, 4, 3)])
+def test_everybody_is_warmed_up_before_times_are_taken(
+    shipped, samples, monkeypatch, batch, rounds, timed
+):
     answered = []
     real = asking._answer
 
@@ -215,10 +218,12 @@ def test_everybody_is_warmed_up_before_times_are_taken(shipped, samples, monkeyp
     entrants = enter(["vtc-cls"], [0.25])[:3]
     monkeypatch.setattr(asking, "_answer", noting)
     found = asking.ask(
-        *shipped, samples[:4], entrants, text=prompter(shipped[1]), batch=2, max_new_tokens=1
+        *shipped, samples[:4], entrants, text=prompter(shipped[1]), batch=batch, max_new_tokens=1
     )
-    assert answered == [one.label for one in entrants] * 3
-    assert [len(one.total) for one in found] == [2] * 3
+    assert answered == [one.label for one in entrants] * rounds
+    assert [len(one.total) for one in found] == [len(one.first) for one in found] == [timed] * 3
+    assert [len(one.selector) for one in found] == [0, 0, timed]
+    assert all(len(one.replies) == 4 for one in found)
 
 
 def test_differences_to_floors_are_paired():

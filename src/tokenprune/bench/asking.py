@@ -31,9 +31,10 @@ class Record:
 
     Attributes:
         replies: one for each sample, in order.
-        first, total: seconds a question, one for each batch: until the first token is there, and
-            until the answer is complete. Tower, selector, projector, LLM; without the processor.
-        selector: seconds a question, one for each batch.
+        first, total: seconds a question, one for each batch that was timed: until the first token
+            is there, and until the answer is complete. Tower, selector, projector, LLM; without the
+            processor.
+        selector: seconds a question, one for each batch that was timed.
         layers: visual tokens from an LLM layer on, by layer, of all pictures.
         kv_bytes, kv_bytes_vanilla: of all prompts; 0 where the model was not reduced.
         pictures: how many pictures `layers` adds up; where budgets are per crop, how many crops.
@@ -51,6 +52,11 @@ class Record:
     pictures: int = 0
     before: int = 0
     depth: int = 0
+
+    def forget_times(self) -> None:
+        """Begin to measure anew."""
+        for times in (self.first, self.total, self.selector):
+            times.clear()
 
     @property
     def first_token_ms(self) -> float:
@@ -95,8 +101,8 @@ def ask(
 ) -> list[Record]:
     """Greedy answers of every entrant to every sample.
 
-    Every entrant answers the first batch once more in front, without being counted, to warm up: a
-    device's first call of what only one of them needs would else be that one's time.
+    Times of the first batch do not count, since a device's first call of what only one entrant
+    needs would be that one's time. Where there is no other batch, all answer it once more in front.
 
     Args:
         model: a model with an adapter, not attached.
@@ -117,7 +123,7 @@ def ask(
         unseen: Any = None
         if oracle is not None:
             oracle.rows[:] = [_known(sample) for sample in part]
-        if number == 0:
+        if number == 0 and len(samples) <= batch:
             for entrant in entrants:
                 _answer(model, processor, sighted, entrant, max_new_tokens, Record())
         for entrant, record in zip(entrants, records, strict=True):
@@ -127,6 +133,9 @@ def ask(
             given = unseen if entrant.blind else sighted
             _answer(model, processor, given, entrant, max_new_tokens, record)
             progress(len(part))
+        if number == 0 and len(samples) > batch:
+            for record in records:
+                record.forget_times()
     return records
 
 
