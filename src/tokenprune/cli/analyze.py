@@ -11,7 +11,7 @@ from rich.table import Table
 from ..analysis.layers import Consistency, Queries, consistency, scorer_of
 from ..analysis.plots import plot
 from ..bench.scoring import Mean
-from .bench import budgets, longest, model_named, questions
+from .bench import budgets, longest, model_named, questions, together
 from .console import console, table
 
 
@@ -25,7 +25,7 @@ class Request:
     keep: str
     questions: int | None
     out: Path
-    batch: int
+    batch: int | None
     max_new_tokens: int | None
     device: str
     dtype: str
@@ -50,7 +50,7 @@ def run_analyze(request: Request) -> Consistency:
             keeps,
             name=request.model,
             data=str(request.data or "Pocket-VQA"),
-            batch=request.batch,
+            batch=together(request.model, request.batch),
             max_new_tokens=longest(request.model, request.max_new_tokens),
             progress=lambda done: bars.advance(bar, done),
         )

@@ -197,7 +197,9 @@ def bench_command(
     out: Annotated[Path, typer.Option(help="Folder for bench.json, answers.jsonl, plots.")] = Path(
         "tokenprune-bench"
     ),
-    batch: Annotated[int, typer.Option(min=1, help="Questions in one generate.")] = 50,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Questions in one generate [1; pocket: 50].")
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer [16; pocket: 1].")
     ] = None,
@@ -275,7 +277,9 @@ def analyze_command(
     out: Annotated[Path, typer.Option(help="Folder for analyze.json and plots.")] = Path(
         "tokenprune-analyze"
     ),
-    batch: Annotated[int, typer.Option(min=1, help="Questions in one generate.")] = 10,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Questions in one generate [1; pocket: 50].")
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer [16; pocket: 1].")
     ] = None,

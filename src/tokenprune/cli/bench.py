@@ -31,7 +31,7 @@ class Request:
     questions: int | None
     full: bool
     out: Path
-    batch: int
+    batch: int | None
     max_new_tokens: int | None
     device: str
     dtype: str
@@ -56,7 +56,7 @@ def run_bench(request: Request) -> Bench:
             keeps,
             name=request.model,
             data=str(request.data or "Pocket-VQA"),
-            batch=request.batch,
+            batch=together(request.model, request.batch),
             max_new_tokens=longest(request.model, request.max_new_tokens),
             progress=lambda done, all_of_them: bars.update(bar, completed=done, total=all_of_them),
         )
@@ -112,6 +112,11 @@ def model_named(name: str, device: str, dtype: str) -> Loaded:
 def longest(model: str, tokens: int | None) -> int:
     """Tokens of an answer: the pocket model answers in one."""
     return tokens or (1 if model == POCKET else 16)
+
+
+def together(model: str, questions: int | None) -> int:
+    """Questions in one generate: a large model may have room for no more than one."""
+    return questions or (50 if model == POCKET else 1)
 
 
 def explained(result: Bench) -> str:
