@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import TokenpruneError
 from ..figures import COLOURS, MARKS, figure
 from ..scorers import ClsAttentionScorer
-from .layers import RANDOM, Consistency, Curve, Measure, Queries, scorer_of
+from .curves import RANDOM, Consistency, Curve, Measure, Queries
+from .layers import scorer_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..analysis.layers import Consistency, Queries, consistency, scorer_of
+from ..analysis.curves import Consistency, Queries
+from ..analysis.layers import consistency, scorer_of
 from ..analysis.plots import plot
 from ..bench.scoring import Mean
 from .bench import budgets, longest, model_named, questions, together

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..analysis.layers import Consistency, Curve
+from ..analysis.curves import Consistency, Curve
 from ..bench.scoring import Mean
 from .figures import NONE, with_error
 from .markup import Html, join

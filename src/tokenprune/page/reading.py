@@ -8,8 +8,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..analysis.layers import FORMAT as ANALYSIS_FORMAT
-from ..analysis.layers import Consistency, Curve
+from ..analysis.curves import FORMAT as ANALYSIS_FORMAT
+from ..analysis.curves import Consistency, Curve
 from ..bench.result import FORMAT as BENCH_FORMAT
 from ..bench.result import Bench, Row
 from ..bench.scoring import Mean
