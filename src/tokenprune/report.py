@@ -39,7 +39,8 @@ class Report:
         tokens_before: visual tokens of all those calls, before the first stage.
         tokens_after: the same, after the last.
         selector_seconds: time spent scoring, deciding and applying, over all calls.
-        kv_bytes: bytes of KV cache after the latest prefill, as it was stored.
+        kv_bytes: bytes of KV cache after the latest prefill, as it was stored; 0, like the next,
+            where nothing was dropped or nothing is cached.
         kv_bytes_vanilla: what the unpruned model would have stored for the same prompt.
     """
 
