@@ -252,9 +252,9 @@ The tables of the VTC-CLS paper, measured on the shipped miniature model. **A ra
 a model of {millions} million parameters is no evidence for their ranking on a real one**: its
 pictures are sparse, and its tower was trained on the very facts that most questions ask for, which
 favours [CLS]. So does its training with copies of some visual tokens: models trained without them
-lost `count` wherever only salient tokens stay, the oracle's included. Nothing here was tuned to agree
-with a paper. What the miniature is good for: it is a model that can really answer, on which every
-method, budget and placement runs in a minute.
+lost `count` wherever only salient tokens stay, the oracle's included. Nothing here was tuned to
+agree with a paper. What the miniature is good for: it is a model that can really answer, on which
+every method, budget and placement runs in a minute.
 
 Written by `make results` from {models} of the same recipe ({seeds}; only the first is
 shipped, the better of seeds 0 and 1 without compression), {questions:,} questions about {pictures}
