@@ -18,6 +18,16 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+Checkpoint = Annotated[str, typer.Option(help="Folder of a checkpoint, or a name on the hub.")]
+Model = Annotated[str, typer.Option(help="pocket, folder of a checkpoint, or a name on the hub.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, ...; the GPU if there is one.")]
+DType = Annotated[str, typer.Option(help="float32, bfloat16, ...; as stored.")]
+Questions = Annotated[int | None, typer.Option(min=1, help="Only the first ones.")]
+Batch = Annotated[
+    int | None, typer.Option(min=1, help="Questions in one generate [1; pocket: 50].")
+]
+LongestAnswer = Annotated[int | None, typer.Option(min=1, help="Longest answer [16; pocket: 1].")]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -56,7 +66,7 @@ def list_command(
 
 @app.command("run")
 def run_command(
-    model: Annotated[str, typer.Option(help="Folder of a checkpoint, or a name on the hub.")],
+    model: Checkpoint,
     image: Annotated[
         Path, typer.Option(exists=True, dir_okay=False, help="The picture to ask about.")
     ],
@@ -74,8 +84,8 @@ def run_command(
     runs: Annotated[
         int, typer.Option(min=0, help="Timed runs after a warm-up; 0 measures nothing.")
     ] = 5,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; the GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...; as stored.")] = "auto",
+    device: Device = "auto",
+    dtype: DType = "auto",
 ) -> None:
     """Ask a model about a picture, with and without compression."""
     from .run import Request, run
@@ -85,7 +95,7 @@ def run_command(
 
 @app.command("batch")
 def batch_command(
-    model: Annotated[str, typer.Option(help="Folder of a checkpoint, or a name on the hub.")],
+    model: Checkpoint,
     input: Annotated[
         Path, typer.Option(exists=True, help="Pictures or shards: folder, .jsonl, .parquet.")
     ],
@@ -105,8 +115,8 @@ def batch_command(
         str | None, typer.Option(help='Do it on Ray: "local", "auto" or an address.')
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; the GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...; as stored.")] = "auto",
+    device: Device = "auto",
+    dtype: DType = "auto",
 ) -> None:
     """Ask a model about many pictures; started again, it goes on where it was left."""
     from .batch import Request, run
@@ -135,9 +145,7 @@ def demo_command(
 
 @app.command("picture")
 def picture_command(
-    model: Annotated[
-        str, typer.Option(help="pocket, folder of a checkpoint, or a name on the hub.")
-    ] = "pocket",
+    model: Model = "pocket",
     image: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="The picture; one is drawn if not given."),
@@ -157,11 +165,9 @@ def picture_command(
     seed: Annotated[int, typer.Option(min=0, help="Which picture to draw.")] = 0,
     size: Annotated[int, typer.Option(min=1, help="Least pixels a side of each panel.")] = 256,
     columns: Annotated[int, typer.Option(min=0, help="Panels in a row; 0 for what fits.")] = 0,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer [16; pocket: 1].")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; the GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...; as stored.")] = "auto",
+    max_new_tokens: LongestAnswer = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
 ) -> None:
     """Draw what methods keep and merge of a picture, side by side."""
     from .picture import Request, run_picture
@@ -177,9 +183,7 @@ def picture_command(
 
 @app.command("bench")
 def bench_command(
-    model: Annotated[
-        str, typer.Option(help="pocket, folder of a checkpoint, or a name on the hub.")
-    ] = "pocket",
+    model: Model = "pocket",
     data: Annotated[
         Path | None, typer.Option(help="JSON lines of image, question, answers; or their folder.")
     ] = None,
@@ -190,21 +194,17 @@ def bench_command(
     keep: Annotated[
         str, typer.Option(help="Budgets: fractions as 0.5,0.25 or tokens as 128,64.")
     ] = "1.0,0.5,0.25,0.125,0.06",
-    questions: Annotated[int | None, typer.Option(min=1, help="Only the first ones.")] = None,
+    questions: Questions = None,
     full: Annotated[
         bool, typer.Option("--full", help="All 2,089 questions of Pocket-VQA instead of 300.")
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for bench.json, answers.jsonl, plots.")] = Path(
         "tokenprune-bench"
     ),
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Questions in one generate [1; pocket: 50].")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer [16; pocket: 1].")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; the GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...; as stored.")] = "auto",
+    batch: Batch = None,
+    max_new_tokens: LongestAnswer = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
 ) -> None:
     """Measure methods at several budgets, beside honest floors and controls."""
     from .bench import Request, run_bench
@@ -220,9 +220,7 @@ def bench_command(
 
 @app.command("tune")
 def tune_command(
-    model: Annotated[
-        str, typer.Option(help="pocket, folder of a checkpoint, or a name on the hub.")
-    ] = "pocket",
+    model: Model = "pocket",
     data: Annotated[
         Path | None,
         typer.Option(help="Your pictures and prompts: JSON lines or a folder; no answers needed."),
@@ -242,8 +240,8 @@ def tune_command(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest reply that is compared [16; pocket: 1].")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; the GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...; as stored.")] = "auto",
+    device: Device = "auto",
+    dtype: DType = "auto",
 ) -> None:
     """Find the cheapest spec that answers your prompts as the unpruned model does."""
     from .tune import Request, run_tune
@@ -259,9 +257,7 @@ def tune_command(
 
 @app.command("analyze")
 def analyze_command(
-    model: Annotated[
-        str, typer.Option(help="pocket, folder of a checkpoint, or a name on the hub.")
-    ] = "pocket",
+    model: Model = "pocket",
     data: Annotated[
         Path | None,
         typer.Option(help="Pictures and questions: JSON lines or a folder; no answers needed."),
@@ -273,18 +269,14 @@ def analyze_command(
     keep: Annotated[
         str, typer.Option(help="Budgets of the overlap: 0.25,0.125 (fractions) or 128,64 (tokens).")
     ] = "0.25,0.125",
-    questions: Annotated[int | None, typer.Option(min=1, help="Only the first ones.")] = None,
+    questions: Questions = None,
     out: Annotated[Path, typer.Option(help="Folder for analyze.json and plots.")] = Path(
         "tokenprune-analyze"
     ),
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Questions in one generate [1; pocket: 50].")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer [16; pocket: 1].")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; the GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...; as stored.")] = "auto",
+    batch: Batch = None,
+    max_new_tokens: LongestAnswer = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
 ) -> None:
     """Compare scores with what the LLM attends to, layer by layer."""
     from .analyze import Request, run_analyze
