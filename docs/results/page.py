@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.bench.scoring import balanced, f1, mean
+from tokenprune.figures import COLOURS, MARKS, figure
 
 DOCS = Path(__file__).parents[1]
 DATA = DOCS / "reference" / "results.json"
@@ -441,8 +442,6 @@ def _published(published: dict[str, Any]) -> str:
 
 def plots(data: dict[str, Any], training: dict[str, Any]) -> None:
     """The pictures of the page."""
-    from matplotlib.figure import Figure
-
     rows = data["rows"]
     before = ("vtc-cls", "prumerge-plus", "visionzip", "divprune", "tome", "kmeans")
     floors = ("random", "uniform", "pool", "oracle", "inverted")
@@ -451,37 +450,33 @@ def plots(data: dict[str, Any], training: dict[str, Any]) -> None:
     _curves(rows, ("fastv", "vtc-cls-in-llm"), inside, "after layer 2 of 8").savefig(
         PLOTS / "results-inside.png"
     )
-    figure = Figure(figsize=(7.2, 3.2), dpi=120, layout="constrained")
-    for axes, (stage, curve) in zip(figure.subplots(1, 2), training["curve"].items(), strict=True):
+    canvas = figure(7.2, 3.2)
+    for axes, (stage, curve) in zip(canvas.subplots(1, 2), training["curve"].items(), strict=True):
         steps = [point[0] for point in curve]
-        axes.plot(steps, [point[1] for point in curve], color="#0072B2", label="loss")
+        axes.plot(steps, [point[1] for point in curve], color=COLOURS[0], label="loss")
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
         axes.set_yscale("log")
         right = axes.twinx()
-        right.plot(steps, [100 * point[2] for point in curve], color="#D55E00")
-        right.set_ylabel("accuracy in training, %", color="#D55E00")
+        right.plot(steps, [100 * point[2] for point in curve], color=COLOURS[1])
+        right.set_ylabel("accuracy in training, %", color=COLOURS[1])
         right.set_ylim(0, 100)
         axes.set_title(stage, fontsize=10, loc="left")
-        axes.yaxis.label.set_color("#0072B2")
-    figure.savefig(PLOTS / "results-training.png")
+        axes.yaxis.label.set_color(COLOURS[0])
+    canvas.savefig(PLOTS / "results-training.png")
 
 
 def _curves(
     rows: list[dict[str, Any]], methods: tuple[str, ...], others: tuple[str, ...], title: str
 ) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.4), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-    marks = "os^DvP"
+    canvas = figure(7.2, 4.4)
+    axes = canvas.subplots()
     lines = {"random": "--", "uniform": "-.", "pool": ":", "oracle": "-", "inverted": "--"}
     for place, label in enumerate((*methods, *others)):
         found = sorted((row for row in rows if row["label"] == label), key=lambda r: r["keep"])
         style: dict[str, Any] = {"linewidth": 2}
         if label in methods:
-            style |= {"color": colours[place], "marker": marks[place], "markersize": 5}
+            style |= {"color": COLOURS[place], "marker": MARKS[place], "markersize": 5}
         else:
             name = label.partition(" ")[0]
             gray = {"oracle": "#b8a04a", "inverted": "#b8a04a", "pool": "#aaaaaa"}
@@ -506,7 +501,7 @@ def _curves(
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
-    return figure
+    return canvas
 
 
 def main() -> None:

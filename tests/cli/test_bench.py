@@ -47,6 +47,7 @@ def test_bench_on_pocket_vqa(tokenprune: Command, tmp_path: Path) -> None:
     assert names == {"bench.json", "answers.jsonl", "accuracy.png", "pareto.png"}
     written = json.loads((tmp_path / "b" / "bench.json").read_text())
     assert written["data"]["questions"] == 12
+    assert written["batch"] == 50
     assert {row["spec"] for row in written["rows"] if row["label"] == "vtc-cls"} == {
         "cls-attention | evict(0.25) @ before-llm",
         "cls-attention | evict(4) @ before-llm",
@@ -62,6 +63,7 @@ def test_bench_on_files_and_a_folder_of_weights(
     )
     written = json.loads((tmp_path / "bench.json").read_text())
     assert written["data"] == {"name": str(questions), "questions": 8, "pictures": 8}
+    assert written["batch"] == 1  # a large model may have room for no more
     assert not any(row["label"] == "oracle" for row in written["rows"])
     assert written["rows"][0]["accuracy"] > 0.5
 

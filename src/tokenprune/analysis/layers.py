@@ -23,6 +23,7 @@ from ..attach import attach, watch
 from ..bench.data import DataError, Sample
 from ..bench.prompting import prompter
 from ..bench.scoring import Mean, mean
+from ..bench.setting import setting
 from ..errors import ShapeError, SpecError, UnsupportedError
 from ..placement import BeforeLLM, Placement
 from ..plugins import registry
@@ -314,10 +315,6 @@ def _lengths(text: Tensor, ends: Sequence[int], most: int) -> list[int]:
 def _result(
     model: PreTrainedModel, samples: Sequence[Sample], told: _Told, name: str, data: str
 ) -> Consistency:
-    import transformers
-
-    from .. import __version__
-
     groups = [sample.group for sample in samples]
     curves = []
     for (scorer, measure, queries, keep), parts in told.values.items():
@@ -327,19 +324,11 @@ def _result(
             Curve(scorer, measure, queries, keep, layers, _mean(values.nanmean(1), groups))
         )
     return Consistency(
-        model=name or type(model).__name__,
-        data={"name": data, "questions": len(samples), "pictures": len(set(groups))},
-        device=str(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        **setting(model, samples, name, data),
         tokens=sum(told.tokens) / len(told.tokens),
         answer=sum(told.answers) / len(told.answers),
         scorers=tuple(each.label for each in told.given),
         keeps=told.keeps,
-        versions={
-            "tokenprune": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
         curves=tuple(curves),
     )
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..attach import attach
 from ..errors import ShapeError, UnsupportedError
 from .asking import ask
@@ -21,6 +19,7 @@ from .data import DataError, Sample, pocket, read
 from .entrants import Entrant, Given, enter
 from .result import Bench, Row, answers, rows
 from .scoring import Mean
+from .setting import setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -139,7 +138,6 @@ def compete(
     Raises:
         DataError: no samples, or one without answers.
     """
-    from .. import __version__
     from .prompting import prompter
 
     if not samples:
@@ -167,23 +165,9 @@ def compete(
         oracle=oracle,
         progress=advance,
     )
-    import transformers
-
     return Bench(
-        model=name or type(model).__name__,
-        data={
-            "name": data,
-            "questions": len(samples),
-            "pictures": len({sample.group for sample in samples}),
-        },
-        device=str(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        **setting(model, samples, name, data),
         batch=batch,
-        versions={
-            "tokenprune": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
         rows=rows(samples, entrants, records),
         answers=answers(samples, entrants, records),
     )

@@ -78,7 +78,8 @@ _TURNS = {
 def upright(image: Image.Image) -> Image.Image:
     """`image` turned as its EXIF data says, as transformers and vLLM open pictures.
 
-    Cameras store what the sensor saw, and beside it how they were held.
+    Cameras store what the sensor saw, and beside it how they were held. Pillow's `exif_transpose`
+    also writes the EXIF data anew, and fails where it cannot, as with tags of the wrong type.
     """
     image.load()  # decoders of some formats turn the picture themselves
     try:
