@@ -20,7 +20,8 @@ class Layout:
         index: `(batch, physical)` int64, the logical slot that each physical one holds.
         valid: `(batch, physical)` bool, False for fillers; None where there are none.
         back: `(batch, logical)` int64, the physical slot whose state each logical slot shows: its
-            own, or for a dropped one that of the last kept before it.
+            own, or for a dropped one that of the last kept before it in the same conversation, or
+            where there is none, of the first.
         tail: newest slots that every row keeps.
     """
 
@@ -30,8 +31,14 @@ class Layout:
     tail: int
 
     @classmethod
-    def of(cls, keep: Tensor) -> Layout:
-        """The layout that computes the slots where `keep`, `(batch, logical)` bool. One sync."""
+    def of(cls, keep: Tensor, sample: Tensor | None = None) -> Layout:
+        """The layout that computes some slots. One sync.
+
+        Args:
+            keep: `(batch, logical)` bool, True for the slots to compute.
+            sample: `(batch, logical)` int64, the conversation of each slot where rows hold
+                several, one after the other; None where each holds one.
+        """
         count = keep.sum(1)
         kept_by_all = keep.all(0).flip(0).to(torch.int64).cumprod(0).sum()
         longest, shortest, tail = torch.stack([count.max(), count.min(), kept_by_all]).tolist()
@@ -39,7 +46,10 @@ class Layout:
         order = torch.argsort(keep.to(torch.uint8), dim=1, stable=True)
         index = order[:, keep.shape[1] - physical :]
         valid = None if shortest == physical else keep.gather(1, index)
-        back = (keep.cumsum(1) - 1 + (physical - count)[:, None]).clamp(min=0)
+        rank = keep.cumsum(1) - 1
+        if sample is not None:
+            rank = torch.maximum(rank, before_sample(keep, sample))
+        back = (rank + (physical - count)[:, None]).clamp(min=0, max=physical - 1)
         return cls(index, valid, back, tail)
 
     def shorten(self, x: Tensor) -> Tensor:
@@ -55,6 +65,29 @@ class Layout:
         return _take(x, self.back)
 
 
+def samples(positions: Tensor) -> Tensor:
+    """`(batch, slots)` int64: the conversation of each slot, counted in its row.
+
+    Position ids that do not go on by one are a seam between conversations that share a row, as
+    transformers takes them where neither mask nor cache says otherwise.
+
+    >>> samples(torch.tensor([[0, 1, 2, 0, 1]]))
+    tensor([[0, 0, 0, 1, 1]])
+    """
+    steps = torch.diff(positions, dim=1, prepend=positions[:, :1] - 1)
+    return (steps != 1).cumsum(1)
+
+
+def before_sample(counted: Tensor, sample: Tensor) -> Tensor:
+    """How many of the `(batch, slots)` bool `counted` stand in front of each slot's conversation.
+
+    >>> before_sample(torch.tensor([[True, False, True, True]]), torch.tensor([[0, 0, 1, 1]]))
+    tensor([[0, 0, 1, 1]])
+    """
+    first = torch.diff(sample, dim=1, prepend=sample[:, :1] - 1) != 0
+    return (counted.cumsum(1) - counted.long()).masked_fill(~first, 0).cummax(1).values
+
+
 def _take(x: Tensor, index: Tensor) -> Tensor:
     offset = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
     rows = x.flatten(0, 1).index_select(0, (index + offset).flatten())
@@ -62,7 +95,13 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def causal_mask(
-    valid: Tensor | None, batch: int, queries: int, keys: int, attention: str, like: Tensor
+    valid: Tensor | None,
+    batch: int,
+    queries: int,
+    keys: int,
+    attention: str,
+    like: Tensor,
+    sample: Tensor | None = None,
 ) -> Tensor | None:
     """A mask over physical slots for an attention implementation of transformers.
 
@@ -76,6 +115,8 @@ def causal_mask(
         keys: physical slots, cached ones included.
         attention: ``config._attn_implementation``.
         like: a tensor of the dtype and device of the hidden states.
+        sample: `(batch, keys)` int64, the conversation of each slot, which sees no other; None
+            where rows hold one.
 
     Returns:
         `(batch, 1, queries, keys)` bool for sdpa, additive for eager, or for flash attention the
@@ -86,6 +127,8 @@ def causal_mask(
     slots = torch.arange(keys, device=like.device)
     visible = slots[None, :] <= slots[keys - queries :, None]
     visible = visible.expand(batch, 1, queries, keys)
+    if sample is not None:
+        visible = visible & (sample[:, None, keys - queries :, None] == sample[:, None, None, :])
     if valid is not None:
         # A filler sees itself: a query that sees nothing is NaN in some kernels.
         itself = slots[None, :] == slots[keys - queries :, None]

@@ -313,15 +313,6 @@ def test_rows_that_were_repeated_are_refused() -> None:
             model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
 
 
-def test_layers_that_normalise_their_queries_are_refused() -> None:
-    model = llava.tiny_llava()
-    model.model.language_model.layers[1].self_attn.q_norm = torch.nn.Identity()
-    refused = pytest.raises(UnsupportedError, match="cannot be recomputed: it has q_norm")
-    with refused, tokenprune.watch(model):
-        pass
-    assert leftovers(model) == []
-
-
 def test_shapes_that_adapters_report_are_checked() -> None:
     seen = Attended()
     with pytest.raises(ShapeError, match=r"axes \(images tokens\), got \(3,\)"):

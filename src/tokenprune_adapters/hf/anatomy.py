@@ -93,6 +93,19 @@ def attention_of(llm: nn.Module) -> str:
     return str(config._attn_implementation)
 
 
+def makes_cache(llm: nn.Module, asked: bool | None) -> bool:
+    """Whether a language model that gets no cache makes one.
+
+    Args:
+        llm: the language model.
+        asked: its argument `use_cache`.
+    """
+    config: Any = llm.config
+    wanted = getattr(config, "use_cache", False) if asked is None else asked
+    checkpoints = getattr(llm, "gradient_checkpointing", False) and llm.training
+    return bool(wanted) and not (checkpoints and torch.is_grad_enabled())
+
+
 def has_windows(llm: nn.Module) -> str:
     """Kinds of decoder layers that attend to a window; empty if there are none."""
     config: Any = llm.config

@@ -16,7 +16,7 @@ from .names import Argument, Call, Signature
 
 _CORE = (Call.ids, Call.embeds, Call.mask, Call.positions, Call.cache, Call.encoded)
 _LLM = (Call.embeds, Call.mask, Call.positions, Call.cache)
-_LAYER = (Call.hidden, Call.mask, Call.positions, Call.rotary, Call.cache)
+_LAYER = (Call.hidden, Call.mask, Call.positions, Call.rotary)
 _TOWER = (Call.pixels,)
 
 Encoders = Mapping[str, tuple[Argument[Any], ...]]
@@ -75,6 +75,21 @@ def check_llm(llm: nn.Module, layers: bool = True) -> None:
         found: Any = llm.layers
         for kind in {type(layer): layer for layer in found}.values():
             _check(kind, _LAYER)
+        _check_rotary(llm)
+
+
+def _check_rotary(llm: nn.Module) -> None:
+    """Refuse what makes no rotary embedding from positions alone."""
+    rotary = getattr(llm, "rotary_emb", None)
+    if rotary is None:
+        raise UnsupportedError(f"{type(llm).__name__} has no rotary_emb for kept tokens")
+    more = Signature.of(rotary).required[2:]
+    if more:
+        raise UnsupportedError(
+            f"{type(rotary).__name__} of {type(llm).__name__} wants {', '.join(more)} beside "
+            "states and positions: kinds of layers with embeddings of their own are not supported "
+            "after a layer; reduce before the LLM"
+        )
 
 
 def _check(called: nn.Module | Callable[..., Any], wanted: Iterable[Argument[Any]]) -> None:

@@ -80,6 +80,8 @@ class Call:
     positions = Argument[Tensor | None]("position_ids", optional=True)
     rotary = Argument[Any]("position_embeddings")
     cache = Argument[Any]("cache", "past_key_values", optional=True)
+    wants_cache = Argument[bool | None]("use_cache", optional=True)
+    flash_seams = Argument[Any]("cu_seq_lens_q", "cu_seq_lens_k", optional=True)
     encoded = Argument[Mapping[str, Any] | None]("mm_encoder_outputs", optional=True)
     pixels = Argument[Tensor]("pixel_values", "pixel_values_images")
     pictures = Argument[Any]("pixel_values", "pixel_values_images", optional=True)
@@ -88,6 +90,11 @@ class Call:
     feature_layer = Argument[Any]("vision_feature_layer", optional=True)
     select = Argument[str | None]("vision_feature_select_strategy", optional=True)
     kept_logits = Argument[Any]("logits_to_keep", optional=True)
+    # Of attention functions.
+    scale = Argument[float | None]("scaling", optional=True)
+    cap = Argument[float | None]("softcap", optional=True)
+    sinks = Argument[Tensor | None]("s_aux", optional=True)
+    bias = Argument[Tensor | None]("position_bias", optional=True)
 
     def __init__(self, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.signature = signature
@@ -119,11 +126,13 @@ class Signature:
         what: name of the class, or of the method.
         order: names of arguments that may come by position, in order.
         names: names of all arguments.
+        required: names of those without a default, in order.
     """
 
     what: str
     order: tuple[str, ...]
     names: frozenset[str]
+    required: tuple[str, ...]
 
     @classmethod
     def of(cls, called: nn.Module | Callable[..., Any]) -> Signature:
@@ -137,7 +146,17 @@ class Signature:
             what,
             tuple(each.name for each in parameters if each.kind in kinds),
             frozenset(each.name for each in parameters if each.kind not in many),
+            tuple(
+                each.name
+                for each in parameters
+                if each.kind not in many and each.default is each.empty
+            ),
         )
+
+    @classmethod
+    def of_names(cls, what: str, *order: str) -> Signature:
+        """A signature with these names, in order."""
+        return cls(what, order, frozenset(order), order)
 
     def missing(self, *wanted: Argument[Any]) -> list[str]:
         """Names of the wanted arguments that are not taken under any of their names."""

@@ -32,8 +32,9 @@ from tokenprune.strategy import Reduction, Stage
 from tokenprune.tokens import VisualTokens
 
 from ..hf.anatomy import attention_of
+from ..hf.attention import Asked, ReadAttention, Reader
 from ..hf.names import calls_of
-from .attention import attention_to_images, check_layer
+from .attention_rows import Prompts, last_rows, text_rows
 from .cache import Shortened, state_of
 from .images import Images, Seats
 from .segment import Segment, Slots, enter
@@ -60,23 +61,21 @@ class ReduceInside(NotCopyable):
         self.stages = stages
         self.store = store
         self.record = record
-        self.watched = {
-            layer
-            for start, stage in stages.items()
-            for signal in stage.strategy.signals
-            if isinstance(signal, QueryAttention)
-            for layer in self._layers(signal, start)
-        }
-        for layer in self.watched:
-            check_layer(self.llm.layers[layer])
-        if not hasattr(self.llm, "rotary_emb"):
-            raise UnsupportedError(f"{type(llm).__name__} has no rotary_emb for kept tokens")
+        self.watched: dict[int, set[tuple[int, type[Signal]]]] = {}
+        for start, stage in stages.items():
+            for signal in stage.strategy.signals:
+                if isinstance(signal, QueryAttention):
+                    for layer in self._layers(signal, start):
+                        self.watched.setdefault(layer, set()).add((start, type(signal)))
+        self.reading = {layer: ReadAttention(llm.layers[layer]) for layer in self.watched}
 
     def install(self) -> Iterator[Removable]:
         """Yield the handles."""
         for number, layer in enumerate(self.llm.layers):
             hook = _BeforeLayer(self, number)
             yield layer.register_forward_pre_hook(hook.before, with_kwargs=True)
+        for reading in self.reading.values():
+            yield from reading.install()
 
     def _layers(self, signal: QueryAttention, start: int) -> tuple[int, ...]:
         """Absolute layers of `signal`: -1 is the latest that has run before `start`."""
@@ -90,7 +89,7 @@ class ReduceInside(NotCopyable):
         return layers
 
     @torch.no_grad()
-    def open_segment(self, run: Run, start: int, hidden: Tensor, rotary: Any) -> None:
+    def open_segment(self, run: Run, start: int, hidden: Tensor) -> None:
         """Score, decide, and let `run` know the segment that starts at layer `start`.
 
         A decision takes no part in autograd, like all signals; what it does to `hidden` does.
@@ -98,12 +97,13 @@ class ReduceInside(NotCopyable):
         previous = run.segment_of(start)
         images = run.images
         assert images is not None
-        seats = images.seats()
+        seats = self._seats(run, images)
         if seats.index.shape[1] == 0:  # an earlier stage has withdrawn them all
             run.segments[start] = self._segment(run, start, previous, None)
             return
-        reduction = self._decide(run, images, start, hidden, rotary, seats)
-        run.inputs.clear()
+        reduction = self._decide(run, images, start, hidden, seats)
+        run.rows.clear()
+        run.seats = None
         plan = reduction.plan
         self.record.decided(reduction)
         run.counts[start] = plan.lengths
@@ -118,7 +118,7 @@ class ReduceInside(NotCopyable):
             run.images = images.through(segment.layout)
 
     def _decide(
-        self, run: Run, images: Images, start: int, hidden: Tensor, rotary: Any, seats: Seats
+        self, run: Run, images: Images, start: int, hidden: Tensor, seats: Seats
     ) -> Reduction:
         """Run the stage's strategy on the tokens of all images in the batch."""
         strategy = self.stages[start].strategy
@@ -143,7 +143,7 @@ class ReduceInside(NotCopyable):
                 f"{', '.join(map(repr, missing))} of an image is not known: its features did not "
                 "come from the attached vision tower; pass pixel_values, not features of your own"
             )
-        rows = self._rows(run, images, start, seats, rotary)
+        rows = self._rows(run, start)
         reduction = strategy(tokens, Signals({**known, **rows}))
         # Later stages find what is left, without gaps and padded to the longest.
         compact = reduction.plan.then(Plan.select(reduction.plan.mask, reduction.plan.lengths))
@@ -151,29 +151,53 @@ class ReduceInside(NotCopyable):
         run.known = Signals({**Signals(known).reduce(compact), Sizes(): sizes})
         return reduction
 
-    def _rows(
-        self, run: Run, images: Images, start: int, seats: Seats, rotary: Any
-    ) -> dict[Signal, Tensor]:
+    def _rows(self, run: Run, start: int) -> dict[Signal, Tensor]:
         """What the stage at `start` asks of the layers before it."""
         rows: dict[Signal, Tensor] = {}
         for signal in self.stages[start].strategy.signals:
             if not isinstance(signal, QueryAttention):
                 continue
-            of_layers = [
-                attention_to_images(
-                    self.llm.layers[layer],
-                    run.inputs[layer],
-                    rotary,
-                    run.segment_of(start),
-                    images,
-                    seats,
-                    run.cache.layers[layer].keys if run.cache is not None else None,
-                    every_text_token=isinstance(signal, TextQueryAttention),
+            wanted = [(type(signal), layer) for layer in self._layers(signal, start)]
+            missing = [layer for kind, layer in wanted if (kind, layer) not in run.rows]
+            if missing:
+                raise UnsupportedError(
+                    f"attention rows of {type(self.llm.layers[missing[0]]).__name__} cannot be "
+                    "read: its attention has not called its attention function; rank by "
+                    "cls-attention, or before the LLM"
                 )
-                for layer in self._layers(signal, start)
-            ]
-            rows[signal] = torch.stack(of_layers, dim=1)
+            rows[signal] = torch.stack([run.rows[each] for each in wanted], dim=1)
         return rows
+
+    def reader(self, run: Run, number: int) -> Reader | None:
+        """Takes what stages that have not decided yet want of layer `number`; None if nothing."""
+        images = run.images
+        kinds = {kind for start, kind in self.watched.get(number, ()) if start not in run.segments}
+        if images is None or not kinds:
+            return None
+        seats, segment = self._seats(run, images), run.segment_of(number)
+        if seats.index.shape[1] == 0:
+            return None
+        real = segment.real
+        if real is None:
+            real = torch.ones_like(segment.place, dtype=torch.bool)
+        prompts = Prompts(real, segment.after.valid, segment.sample)
+
+        def read(asked: Asked) -> None:
+            with self.record.selecting(asked.query.device):
+                if LastQueryAttention in kinds:
+                    rows = last_rows(asked, prompts, seats.row, seats.column)
+                    run.rows[LastQueryAttention, number] = rows
+                if TextQueryAttention in kinds:
+                    rows = text_rows(asked, prompts, images, seats)
+                    run.rows[TextQueryAttention, number] = rows
+
+        return read
+
+    def _seats(self, run: Run, images: Images) -> Seats:
+        """Where the visual tokens of the latest segment sit; one sync for each segment."""
+        if run.seats is None:
+            run.seats = images.seats()
+        return run.seats
 
     def _segment(self, run: Run, start: int, previous: Segment, drop: Tensor | None) -> Segment:
         """The segment from `start` on, which computes what `previous` does without `drop`."""
@@ -186,7 +210,7 @@ class ReduceInside(NotCopyable):
         placement = self.stages[start].placement
         assert isinstance(placement, AfterLayer)
         cached = run.cache is not None
-        slots = Slots(drop, previous.real, place)
+        slots = Slots(drop, previous.real, place, previous.sample)
         segment = enter(slots, state, run.past, placement.positions, self.llm, cached)
         # What earlier segments have left out and moved in this very pass is gone here, too.
         after = replace(
@@ -216,9 +240,8 @@ class _BeforeLayer(NotCopyable):
         hidden, number = call.hidden, self.number
         # Recomputation under gradient checkpointing comes by again, when all is decided.
         if number in self.inside.stages and number not in run.segments:
-            rotary = run.rotary.get(run.start_of(number), call.rotary)
             with self.inside.record.selecting(hidden.device):
-                self.inside.open_segment(run, number, hidden, rotary)
+                self.inside.open_segment(run, number, hidden)
         start = run.start_of(number)
         segment = run.segments[start]
         if number == start > 0:
@@ -227,8 +250,8 @@ class _BeforeLayer(NotCopyable):
                 hidden = seats.merge(hidden, plan)
             if segment.layout is not None:
                 hidden = segment.layout.shorten(hidden)
-        if number in self.inside.watched:
-            run.inputs[number] = hidden.detach()
+        if number in self.inside.reading:
+            self.inside.reading[number].ask(self.inside.reader(run, number))
         if start > 0:
             if start not in run.rotary:
                 run.rotary[start] = self.inside.llm.rotary_emb(hidden, segment.place)
@@ -237,7 +260,7 @@ class _BeforeLayer(NotCopyable):
             call.mask = segment.mask
         if "flash" in attention_of(self.inside.llm):
             # The rotary embedding is made; flash would take gaps for seams of packed sequences.
-            call.positions = None
+            call.positions = segment.counted
         call.hidden = hidden
         return call.args, call.kwargs
 

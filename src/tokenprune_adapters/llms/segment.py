@@ -16,7 +16,7 @@ from tokenprune.errors import UnsupportedError
 from tokenprune.placement import Positions
 
 from ..hf.anatomy import attention_of
-from ..layout import Layout, causal_mask
+from ..layout import Layout, before_sample, causal_mask
 from .cache import Shortened
 
 
@@ -29,6 +29,8 @@ class Segment:
             they are the same.
         real: `(batch, queries)` bool, False for padding and fillers; None where there are none.
         place: `(batch, queries)` int64 position ids.
+        sample: `(batch, queries)` int64, the conversation of each slot, -1 for fillers; None where
+            rows hold one.
         before: what the cache of these layers knew before the pass.
         after: what it knows afterwards.
         mask: the attention mask, as the model's attention implementation wants it.
@@ -37,9 +39,21 @@ class Segment:
     layout: Layout | None
     real: Tensor | None
     place: Tensor
+    sample: Tensor | None
     before: Shortened
     after: Shortened
     mask: Tensor | None
+
+    @property
+    def counted(self) -> Tensor | None:
+        """`(batch, queries)` int64 positions without gaps in each conversation; None for one.
+
+        FlashAttention takes every other step for the seam between two conversations.
+        """
+        if self.sample is None:
+            return None
+        every = torch.ones_like(self.sample, dtype=torch.bool)
+        return every.cumsum(1) - 1 - before_sample(every, self.sample)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,11 +64,13 @@ class Slots:
         drop: True where a visual token is dropped.
         real: False for padding; None where there is none.
         place: position ids.
+        sample: the conversation of each slot; None where rows hold one.
     """
 
     drop: Tensor | None
     real: Tensor | None
     place: Tensor
+    sample: Tensor | None = None
 
 
 def enter(
@@ -71,14 +87,19 @@ def enter(
         cached: whether the pass has a cache.
     """
     batch, logical = slots.place.shape
-    layout, real, place = None, slots.real, slots.place
+    layout, real, place, sample = None, slots.real, slots.place, slots.sample
     moved = torch.zeros(batch, dtype=torch.int64, device=place.device)
     if slots.drop is not None:
         if positions == "reindexed":
             moves = slots.drop.cumsum(1)
-            place, moved = place - moves, moves[:, -1]
-        layout = Layout.of(~slots.drop if real is None else real & ~slots.drop)
+            moved = moves[:, -1]
+            if sample is not None:
+                moves = moves - before_sample(slots.drop, sample)
+            place = place - moves
+        layout = Layout.of(~slots.drop if real is None else real & ~slots.drop, sample)
         place, real = layout.shorten(place), layout.valid
+        # Fillers come out as zero, so numbers travel as one more.
+        sample = None if sample is None else layout.shorten(sample + 1) - 1
     queries, stored = place.shape[1], past - before.offset
     valid = _join(before.valid, real, batch, stored, queries, place.device)
     after = Shortened(
@@ -90,8 +111,8 @@ def enter(
     # Gaps in the positions of a prompt that has neither mask nor cache would be taken for the
     # seams between several packed sequences.
     gaps = positions == "original" and not cached
-    mask = _mask(llm, valid, batch, queries, stored + queries, gaps, place.device)
-    return Segment(layout, real, place, before, after, mask)
+    mask = _mask(llm, valid, batch, queries, stored + queries, gaps, place.device, sample)
+    return Segment(layout, real, place, sample, before, after, mask)
 
 
 def _mask(
@@ -102,6 +123,7 @@ def _mask(
     keys: int,
     gaps: bool,
     device: torch.device,
+    sample: Tensor | None,
 ) -> Tensor | None:
     attention = attention_of(llm)
     if attention not in ("sdpa", "eager") and "flash" not in attention:
@@ -109,12 +131,19 @@ def _mask(
             f"attention implementation {attention!r} cannot run a shortened prompt; use "
             "model.set_attn_implementation('sdpa'), 'eager' or a flash one"
         )
+    if sample is not None and "flash" in attention and batch > 1:
+        raise UnsupportedError(
+            f"attention implementation {attention!r} keeps conversations that share a row apart in "
+            f"batches of one row only, got {batch} rows; flatten them into one, or use "
+            "model.set_attn_implementation('sdpa')"
+        )
     # Without a mask sdpa may use its fastest kernels.
-    if attention == "sdpa" and valid is None and queries in (1, keys) and not gaps:
+    alone = valid is None and sample is None
+    if attention == "sdpa" and alone and queries in (1, keys) and not gaps:
         return None
     # Parameters may be offloaded (meta), so they tell the dtype only.
     like = torch.empty(0, dtype=next(llm.parameters()).dtype, device=device)
-    return causal_mask(valid, batch, queries, keys, attention, like)
+    return causal_mask(valid, batch, queries, keys, attention, like, sample)
 
 
 def _join(

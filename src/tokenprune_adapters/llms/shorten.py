@@ -8,7 +8,7 @@ business of `inside.py`, whose hooks work on the `Run` that is made here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -20,10 +20,12 @@ from tokenprune.errors import UnsupportedError
 from tokenprune.placement import Positions
 from tokenprune.plan import Plan
 from tokenprune.report import Record
-from tokenprune.signals import Signals
+from tokenprune.signals import Signal, Signals
 
 from ..carry import carried, carry
-from ..hf.names import Output, calls_of
+from ..hf.anatomy import attention_of, makes_cache
+from ..hf.names import Call, Output, calls_of
+from ..layout import samples
 from ..marks import marked
 from .cache import (
     Shortened,
@@ -58,7 +60,8 @@ class Run:
         images: which slots of the latest segment are visual, where stages inside want to know.
         known: signals of the vision tower about the tokens that are left of the images.
         counts: tokens of each image, by the layer from which on they are left; 0 is the input.
-        inputs: hidden states that went into a layer, kept for the stage after it.
+        seats: where the visual tokens of the latest segment sit, once a layer has asked.
+        rows: what the text of the latest segment attends to, by signal and layer.
         rotary: cosine and sine of each segment but the first, by its first layer.
         merges: what stages have merged, by their layer.
     """
@@ -69,7 +72,8 @@ class Run:
     images: Images | None = None
     known: Signals = field(default_factory=Signals)
     counts: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    inputs: dict[int, Tensor] = field(default_factory=dict)
+    seats: Seats | None = None
+    rows: dict[tuple[type[Signal], int], Tensor] = field(default_factory=dict)
     rotary: dict[int, Any] = field(default_factory=dict)
     merges: dict[int, tuple[Seats, Plan]] = field(default_factory=dict)
 
@@ -136,7 +140,10 @@ class ShortenPrompts(NotCopyable):
         usable = mask is None or _is_padding_mask(mask, past, drop)
         real, real_past = _real_columns(mask if usable else None, past, drop)
         seen = drop[:, :0] if images is None else images.visual
-        shorten, all_real, some_visual = torch.stack([drop.any(), real.all(), seen.any()]).tolist()
+        sample = conversations(llm, call, drop.shape)
+        seams = drop.new_zeros(()) if sample is None else sample[:, -1].any()
+        asked = torch.stack([drop.any(), real.all(), seen.any(), seams])
+        shorten, all_real, some_visual, some_seams = asked.tolist()
         reduces = bool(self.starts) and some_visual
         if not (shorten or reduces) and state_of(cache) is None:
             return (args, kwargs)
@@ -147,13 +154,20 @@ class ShortenPrompts(NotCopyable):
                 "the language model got reduced image features, but not from the attached model, "
                 "so stages after a layer cannot know the images; call the whole model"
             )
+        if call.flash_seams is not None:
+            raise UnsupportedError(
+                "cu_seq_lens tell where conversations of the unshortened prompt end; leave them "
+                "out, and position_ids that start anew at each conversation will tell"
+            )
         check_cache(cache)
         check_starts(cache, self.starts)
 
         fresh = Shortened(0, real_past, drop.new_zeros(embeds.shape[0], dtype=torch.int64), 0)
         known = state_of(cache, 0) or fresh
         place = _positions(call.positions, past, drop) - known.moved[:, None]
-        slots = Slots(drop if shorten else None, None if all_real else real, place)
+        if not some_seams:
+            sample = None
+        slots = Slots(drop if shorten else None, None if all_real else real, place, sample)
         first = enter(slots, known, past, self.positions, llm, cache is not None)
         run = Run(cache, past, {0: first})
         if reduces and images is not None:
@@ -162,7 +176,7 @@ class ShortenPrompts(NotCopyable):
             for start in self.starts:
                 state = state_of(cache, start) or fresh
                 moved = place + (known.moved - state.moved)[:, None]
-                same = Slots(None, slots.real, moved)
+                same = Slots(None, slots.real, moved, sample)
                 run.segments[start] = enter(same, state, past, "original", llm, cache is not None)
         if first.layout is not None:
             embeds = first.layout.shorten(embeds)
@@ -201,6 +215,26 @@ class ShortenPrompts(NotCopyable):
                 for number, each in enumerate(states)
             )
         return given.replaced(last=run.restore(given.last, max(run.segments)), states=states)
+
+
+def conversations(llm: nn.Module, call: Call, shape: Sequence[int]) -> Tensor | None:
+    """`(batch, slots)` int64: the conversation of each slot, where rows may hold several.
+
+    The rules are those of transformers: position ids tell, where neither a mask nor a cache does.
+    FlashAttention looks at the positions of a single row even where there is a cache.
+
+    Args:
+        llm: the language model.
+        call: a call of it, or of a model that hands these arguments on to it.
+        shape: batch and slots.
+    """
+    batch, slots = shape
+    if call.positions is None or call.mask is not None or slots == 1:
+        return None
+    cached = call.cache is not None or makes_cache(llm, call.wants_cache)
+    if cached and not ("flash" in attention_of(llm) and batch == 1):
+        return None
+    return samples(call.positions.expand(batch, slots))
 
 
 def _is_padding_mask(mask: Any, past: int, drop: Tensor) -> bool:

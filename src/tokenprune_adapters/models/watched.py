@@ -1,7 +1,7 @@
 """Rows of attention of the newest token of each prompt, read beside the model's own attention.
 
-A hook after every decoder layer computes one row: of the prompt's last token while the prompt is
-read, and later of the one token that came. The keys are those that the layer has just cached.
+In every decoder layer one row is read: of the prompt's last token while the prompt is read, and
+later of the one token that came.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from tokenprune.adapter import Attended, NotCopyable, Removable
 from tokenprune.errors import AttachError, UnsupportedError
 
 from ..hf.anatomy import Anatomy
+from ..hf.attention import Asked, ReadAttention
 from ..hf.checks import check_llm
 from ..hf.names import Output, calls_of
-from ..llms.attention import check_layer, query_rows
+from ..llms.attention_rows import Prompts, last_rows
 from ..llms.cache import check_cache, state_of
 from ..llms.images import Images, Seats
 from ..llms.inside import RefuseCandidates
+from ..llms.shorten import conversations
 from .placed import FindImages
 
 
 @dataclass(frozen=True, eq=False)
-class _Prompts:
+class _Pictures:
     """Where the pictures of a batch of prompts are.
 
     Attributes:
@@ -47,19 +49,13 @@ class _Pass:
     """A forward pass that is under way.
 
     Attributes:
-        prompts: what it reads or continues.
-        slots: columns of the pass.
-        past: of the cache before it.
-        query: `(batch, 1)` int64, the slot that asks.
-        valid: `(batch, keys)` bool, False for padding; None where there is none.
+        pictures: those of the prompts that it reads or continues.
+        prompts: the slots of the pass.
         rows: `(images, heads, tokens)` of the layers that have run.
     """
 
-    prompts: _Prompts
-    slots: int
-    past: int
-    query: Tensor
-    valid: Tensor | None
+    pictures: _Pictures
+    prompts: Prompts
     rows: list[Tensor] = field(default_factory=list)
 
 
@@ -79,8 +75,7 @@ class WatchAttention(NotCopyable):
         self.attended = attended
         self._local = threading.local()
         check_llm(parts.llm)
-        for layer in parts.layers:
-            check_layer(layer)
+        self.reading = [ReadAttention(layer) for layer in parts.layers]
 
     def install(self) -> Iterator[Removable]:
         """Yield the handles."""
@@ -89,8 +84,9 @@ class WatchAttention(NotCopyable):
         yield model.register_forward_pre_hook(refuse.before, with_kwargs=True)
         yield core.register_forward_pre_hook(self._before, with_kwargs=True)
         for number, layer in enumerate(self.parts.layers):
-            hook = _AfterLayer(self, layer, number)
-            yield layer.register_forward_hook(hook.after, with_kwargs=True)
+            hook = _BeforeLayer(self, layer, number)
+            yield layer.register_forward_pre_hook(hook.before, with_kwargs=True)
+            yield from self.reading[number].install()
         yield core.register_forward_hook(self._after, always_call=True)
 
     @property
@@ -104,6 +100,7 @@ class WatchAttention(NotCopyable):
         call = self.calls(args, kwargs)
         images = self.find.find(call)
         ids, cache = call.ids, call.cache
+        check_cache(cache)
         assert ids is not None
         past = 0 if cache is None else int(cache.get_seq_length())
         seats = None if images is None else images.seats()
@@ -111,32 +108,31 @@ class WatchAttention(NotCopyable):
             assert images is not None
             self._begin(images, seats, past)
         elif past == 0:
-            self._local.prompts = None
+            self._local.pictures = None
             self.attended.forget()
-        elif getattr(self._local, "prompts", None) is not None and ids.shape[1] > 1:
+        elif getattr(self._local, "pictures", None) is not None and ids.shape[1] > 1:
             raise UnsupportedError(
                 f"a pass continues prompts by {ids.shape[1]} tokens, of which only the newest is "
                 "watched; generate token by token, without candidates, and start a new cache for "
                 "another turn"
             )
-        prompts: _Prompts | None = getattr(self._local, "prompts", None)
-        if prompts is None:
+        pictures: _Pictures | None = getattr(self._local, "pictures", None)
+        if pictures is None:
             return
-        if ids.shape[0] != prompts.batch:
+        if ids.shape[0] != pictures.batch:
             raise UnsupportedError(
-                f"a pass of {ids.shape[0]} rows continues {prompts.batch} prompts; generate "
+                f"a pass of {ids.shape[0]} rows continues {pictures.batch} prompts; generate "
                 "without beams"
             )
         valid = _valid(call.mask, ids, past)
-        numbers = torch.arange(ids.shape[1], device=ids.device)
         real = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid[:, past:]
-        query = torch.where(real, numbers, -1).amax(1, keepdim=True).clamp(min=0)
-        self._local.running = _Pass(prompts, ids.shape[1], past, query, valid)
+        prompts = Prompts(real, valid, conversations(self.parts.llm, call, ids.shape))
+        self._local.running = _Pass(pictures, prompts)
 
     def _begin(self, images: Images, seats: Seats, past: int) -> None:
         place = images.place.flatten()[seats.index].masked_fill(~seats.mask, -1)
         self.attended.begin(place)
-        self._local.prompts = _Prompts(seats.batch, seats.row, seats.column + past)
+        self._local.pictures = _Pictures(seats.batch, seats.row, seats.column + past)
 
     def _after(self, core: nn.Module, args: object, output: object) -> None:
         running = self.running
@@ -144,39 +140,46 @@ class WatchAttention(NotCopyable):
         if running is not None and output is not None:  # None after an exception
             if state_of(Output(output).cache) is not None:
                 raise _shortened()
+            if len(running.rows) != len(self.parts.layers):
+                raise _unread(self.parts.layers[0])
             device = self.attended.places.device
             self.attended.step(torch.stack([each.to(device) for each in running.rows], dim=1))
 
 
-class _AfterLayer(NotCopyable):
-    """The hook after one decoder layer."""
+class _BeforeLayer(NotCopyable):
+    """The hook before one decoder layer, which asks its attention for queries and keys."""
 
     def __init__(self, watch: WatchAttention, layer: nn.Module, number: int) -> None:
         self.watch = watch
         self.calls = calls_of(layer)
         self.number = number
 
-    @torch.no_grad()
-    def after(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
-    ) -> None:
+    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.watch.reading[self.number].ask(None)
         running = self.watch.running
         if running is None:
             return
         call = self.calls(args, kwargs)
-        hidden, cache = call.hidden, call.cache
-        check_cache(cache)
-        if hidden.shape[1] != running.slots:
+        pictures, prompts = running.pictures, running.prompts
+        if call.hidden.shape[1] != prompts.real.shape[1]:
             raise _shortened()
-        keys = None if cache is None else cache.layers[self.number].keys
-        if keys is None and running.past:
-            raise UnsupportedError("a pass continues prompts, but its layers got no cache")
-        rows = query_rows(layer, hidden, call.rotary, running.query, running.valid, keys)
-        row, column = (
-            each.to(rows.device) for each in (running.prompts.row, running.prompts.column)
-        )
-        asked = rows[:, :, 0][row]
-        running.rows.append(asked.gather(2, column[:, None].expand(-1, asked.shape[1], -1)))
+        if len(running.rows) != self.number:
+            raise _unread(layer)
+
+        def read(asked: Asked) -> None:
+            device = asked.key.device
+            row, column = pictures.row.to(device), pictures.column.to(device)
+            first = asked.key.shape[2] - prompts.real.shape[1]
+            running.rows.append(last_rows(asked, prompts.to(device), row, column - first))
+
+        self.watch.reading[self.number].ask(read)
+
+
+def _unread(layer: nn.Module) -> UnsupportedError:
+    return UnsupportedError(
+        f"attention rows of {type(layer).__name__} cannot be read: its attention has not called "
+        "its attention function"
+    )
 
 
 def _shortened() -> AttachError:

@@ -19,7 +19,9 @@ from support.inside_oracle import Cut, Look, Recompute, evict, greedy, say
 from support.llava import BOS, Row, collate, generate, picture, prompts
 from tokenprune import Signals
 from tokenprune_adapters import layout
-from tokenprune_adapters.llms import attention, inside, segment, shorten, store
+from tokenprune_adapters.hf.attention import Asked
+from tokenprune_adapters.llms import attention_rows, inside, segment, shorten, store
+from tokenprune_adapters.llms.attention_rows import Prompts
 from tokenprune_adapters.llms.cache import ShortenedLayer
 from tokenprune_adapters.llms.images import Images, Seats
 
@@ -244,9 +246,9 @@ def rotary_embedding_of_other_slots(patch: Patch) -> None:
 
 
 def _edit_rows(patch: Patch, change: Callable[..., Tensor]) -> None:
-    """Change the attention rows of decoder layers: `change(original, *arguments)`."""
-    original = attention.query_rows
-    patch.setattr(attention, "query_rows", lambda *args: change(original, *args))
+    """Change the attention rows of decoder layers: `change(original, asked, queries, visible)`."""
+    original = Asked.rows
+    patch.setattr(Asked, "rows", lambda *args: change(original, *args))
 
 
 def least_attended(patch: Patch) -> None:
@@ -254,53 +256,52 @@ def least_attended(patch: Patch) -> None:
 
 
 def padding_in_the_score_row(patch: Patch) -> None:
-    _edit_rows(patch, lambda rows, *args: rows(*args[:4], None, *args[5:]))
+    """Padding hidden neither by what is known of the prompts, nor by the kernel's mask."""
+    original = Prompts.visible
+    patch.setattr(
+        Prompts, "visible", lambda self, *args: original(replace(self, valid=None), *args)
+    )
+    _edit_rows(patch, lambda rows, asked, *args: rows(replace(asked, mask=None), *args))
+
+
+def score_row_of_unscaled_products(patch: Patch) -> None:
+    _edit_rows(patch, lambda rows, asked, *args: rows(replace(asked, scale=1.0), *args))
 
 
 def score_row_without_rotary_embedding(patch: Patch) -> None:
-    def change(rows: Any, layer: Any, hidden: Any, rotary: Any, *rest: Any) -> Tensor:
-        still = torch.ones_like(rotary[0]), torch.zeros_like(rotary[1])
-        return rows(layer, hidden, still, *rest[:-1], None)
+    """Every query as if it stood at its prompt's end: another rotation than the model's."""
 
-    _edit_rows(patch, change)
-
-
-def query_not_rotated(patch: Patch) -> None:
-    """Against rotated keys of the cache."""
-
-    def change(rows: Any, layer: Any, hidden: Any, rotary: Any, *rest: Any) -> Tensor:
-        return rows(layer, hidden, (torch.ones_like(rotary[0]), 0 * rotary[1]), *rest)
+    def change(rows: Any, asked: Asked, *rest: Any) -> Tensor:
+        half = asked.query.shape[-1] // 2
+        turned = torch.cat([-asked.query[..., half:], asked.query[..., :half]], dim=-1)
+        return rows(replace(asked, query=turned), *rest)
 
     _edit_rows(patch, change)
 
 
 def ranking_of_the_first_row_for_all(patch: Patch) -> None:
     """As the released FastV does."""
-    _edit_rows(patch, lambda rows, *args: rows(*args)[:1].expand(args[1].shape[0], -1, -1, -1))
+    _edit_rows(patch, lambda rows, *args: rows(*args)[:1].expand(len(args[1]), -1, -1, -1))
 
 
 def second_to_last_query(patch: Patch) -> None:
-    _edit_rows(patch, lambda rows, *args: rows(*args[:3], (args[3] - 1).clamp(min=0), *args[4:]))
+    _edit_rows(
+        patch, lambda rows, asked, queries, visible: rows(asked, (queries - 1).clamp(0), visible)
+    )
 
 
 def heads_in_the_wrong_groups(patch: Patch) -> None:
     """Query heads of the first key head asked of the second."""
-
-    def change(rows: Any, *args: Any) -> Tensor:
-        return rows(*args[:5], args[5].flip(1))
-
-    _edit_rows(patch, change)
+    _edit_rows(patch, lambda rows, asked, *args: rows(replace(asked, key=asked.key.flip(1)), *args))
 
 
-def input_of_the_wrong_layer(patch: Patch) -> None:
-    """Queries of what comes out of the layer instead of what went in."""
+def rows_of_the_wrong_layer(patch: Patch) -> None:
+    original = inside.ReduceInside._layers
 
-    def open_segment(self: Any, run: Any, start: int, hidden: Tensor, rotary: Any) -> None:
-        run.inputs = dict.fromkeys(run.inputs, hidden)
-        original(self, run, start, hidden, rotary)
+    def earlier(self: Any, signal: Any, start: int) -> tuple[int, ...]:
+        return tuple(max(layer - 1, 0) for layer in original(self, signal, start))
 
-    original = inside.ReduceInside.open_segment
-    patch.setattr(inside.ReduceInside, "open_segment", open_segment)
+    patch.setattr(inside.ReduceInside, "_layers", earlier)
 
 
 def columns_of_another_image(patch: Patch) -> None:
@@ -325,7 +326,7 @@ def padding_asks_too(patch: Patch) -> None:
         of = staticmethod(original)
 
     Everything.of = staticmethod(of)
-    patch.setattr(attention, "Layout", Everything)
+    patch.setattr(attention_rows, "Layout", Everything)
 
 
 def fillers_keep_minus_infinity(patch: Patch) -> None:
@@ -426,11 +427,11 @@ CAUGHT: dict[Callable[[Patch], None], list[Error]] = {
     least_attended: [ORIGINAL, REINDEXED, TURN_ORIGINAL],
     padding_in_the_score_row: [scores],
     score_row_without_rotary_embedding: [ORIGINAL],
-    query_not_rotated: [ORIGINAL],
+    score_row_of_unscaled_products: [ORIGINAL],
     ranking_of_the_first_row_for_all: [ORIGINAL],
     second_to_last_query: [ORIGINAL],
     heads_in_the_wrong_groups: [ORIGINAL],
-    input_of_the_wrong_layer: [ORIGINAL],
+    rows_of_the_wrong_layer: [ORIGINAL],
     columns_of_another_image: [ORIGINAL],
     rows_of_another_prompt: [ORIGINAL],
     padding_asks_too: [text_queries],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tokenprune
 from support.llava import BOS, IMAGE, PATCHES, Row, collate, picture, prompts, tiny_llava
-from tokenprune import FastVScorer, UnsupportedError
+from tokenprune import FastVScorer
 from tokenprune.errors import SpecError
 
 
@@ -105,15 +105,6 @@ def test_the_models_attention_is_never_computed_in_full(llava: Any) -> None:
     with tokenprune.attach(model, "fastv | evict(4) @ after-layer(1)"), torch.no_grad():
         assert model.model.language_model.config._attn_implementation == "sdpa"
         assert not model(**collate(prompts())).attentions
-
-
-def test_layers_that_normalise_their_queries_are_refused(llava: Any) -> None:
-    model = tiny_llava()
-    model.model.language_model.layers[1].self_attn.q_norm = torch.nn.Identity()
-    with pytest.raises(UnsupportedError, match="cannot be recomputed: it has q_norm"):
-        tokenprune.attach(model, "fastv | evict(4) @ after-layer(2)")
-    with tokenprune.attach(model, "cls-attention | evict(4) @ after-layer(2)"):
-        pass
 
 
 def test_unknown_queries_are_refused() -> None:

@@ -29,7 +29,7 @@ LAYER = [
     ("hidden", "hidden_states"),
     ("rotary", "position_embeddings"),
     ("mask", "attention_mask"),
-    ("cache", cache_argument()),
+    ("positions", "position_ids"),
 ]
 CORE = [
     ("ids", "input_ids"),
