@@ -1,0 +1,61 @@
+"""LLaVA-1.5: every picture has the same number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokenprune.doctor import Trial
+
+from .attention_maps import patches_of, scorer, see
+from .chat import questions
+from .prompts import Part, Pictures
+from .tiny import IMAGE, text_config, tiny, vision_config
+
+
+class LlavaPictures(Pictures):
+    """Three pictures for LLaVA."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.pixels = self.noise(3, seed=1)
+        self.cls, self.patches, self.scores = see(self.core.vision_tower, self.pixels, self.config)
+
+    @property
+    def scorer(self) -> str:
+        return scorer(self.config, has_cls=self.cls.shape[1] > 0)
+
+    def parts(self) -> Sequence[Part]:
+        embeds = self.core.multi_modal_projector(self.patches)
+        placeholder = self.config.image_token_id
+        return [self.shown(placeholder, *each) for each in zip(embeds, self.scores, strict=True)]
+
+    def arguments(self) -> dict[str, Tensor]:
+        return dict(pixel_values=self.pixels)  # noqa: C408
+
+
+def _build(siglip: bool) -> nn.Module:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(
+        vision_config=vision_config(siglip),
+        text_config=text_config(),
+        image_token_id=IMAGE,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="full" if siglip else "default",
+    )
+    config.image_seq_length = patches_of(config)
+    return tiny(LlavaForConditionalGeneration(config))
+
+
+def trials() -> Iterable[Trial]:
+    """With either tower."""
+    for tower in ("CLIP", "SigLIP"):
+        yield Trial(
+            f"LlavaForConditionalGeneration ({tower})",
+            "transformers",
+            lambda tower=tower: _build(tower == "SigLIP"),  # type: ignore[misc]
+            questions(LlavaPictures),
+        )
