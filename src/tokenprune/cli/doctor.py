@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from ..doctor import Examination, examine, examine_model
+from ..doctor import Comparison, Examination, examine, examine_model
 from ..jsonable import jsonable
 from .console import console, table
 from .loading import load_model, quiet
@@ -76,8 +76,10 @@ def show(found: Examination, out: Console) -> None:
         about = f"{name} of {found.checkpoint}, asked about random pictures with random prompts"
         out.print(about + "\n", markup=False, soft_wrap=True)
     out.print(_comparisons(found), "")
-    for each in found.failed:
-        out.print(f"{each.model}, {each.where}: {each.reason}", markup=False, soft_wrap=True)
+    for reason, failed in _reasons(found).items():
+        more = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
+        about = f"{failed[0].model}, {failed[0].where}{more}: {reason}"
+        out.print(about, markup=False, soft_wrap=True)
     out.print(verdict(found), markup=False, soft_wrap=True)
 
 
@@ -103,18 +105,26 @@ def _comparisons(found: Examination) -> Table:
     return shown
 
 
+def _reasons(found: Examination) -> dict[str, list[Comparison]]:
+    """What failed, by the reason, of which there is often just one."""
+    reasons: dict[str, list[Comparison]] = {}
+    for each in found.failed:
+        reasons.setdefault(each.reason, []).append(each)
+    return reasons
+
+
 def verdict(found: Examination) -> str:
     """A sentence on what was found, and on what to do."""
     made = [each for each in found.comparisons if each.outcome in COLORS]
-    untested = " and ".join(f"{each.name} {each.found}" for each in found.untested)
+    untested = ", ".join(f"{each.name} {each.found}" for each in found.untested)
     if not made:
         return (
             "Nothing was compared, because no library of a supported model is installed: "
             "pip install 'tokenprune-vlm[hf]'"
         )
     if not found.failed:
-        though = f", although {untested} was never tested" if untested else ""
-        return f"All {len(made)} comparisons agree with vanilla runs by hand{though}."
+        there = f", on versions that were never tested ({untested}), too" if untested else ""
+        return f"All {len(made)} comparisons agree with vanilla runs by hand{there}."
     if all(each.outcome == "unclear" for each in found.failed):
         return f"In {found.dtype} a fault could hide in rounding; compare with --dtype float32."
     todo = "please report it with the output of `tokenprune doctor --json`"

@@ -5,7 +5,7 @@
 ()
 """
 
-from .examine import examine, examine_model
+from .examination import examine, examine_model
 from .report import Comparison, Examination, Version
 from .trial import Answer, Cut, Questions, Trial
 

@@ -33,7 +33,7 @@ class LlavaPictures(Pictures):
         return [self.shown(placeholder, *each) for each in zip(embeds, self.scores, strict=True)]
 
     def arguments(self) -> dict[str, Tensor]:
-        return dict(pixel_values=self.pixels)  # noqa: C408
+        return {"pixel_values": self.pixels}
 
 
 def _build(siglip: bool) -> nn.Module:

@@ -41,7 +41,7 @@ class LlavaNextPictures(Pictures):
 
     def arguments(self) -> dict[str, Tensor]:
         sizes = torch.tensor(self.sizes, device=self.crops.device)
-        return dict(pixel_values=self.crops, image_sizes=sizes)  # noqa: C408
+        return {"pixel_values": self.crops, "image_sizes": sizes}
 
     def _packed(self, crops: Tensor, tall: int, wide: int) -> tuple[Tensor, Tensor]:
         """Tokens of one picture.

@@ -31,9 +31,7 @@ class VideoLlavaPictures(Pictures):
         return [first, self._picture(), second]
 
     def arguments(self) -> dict[str, Tensor]:
-        return dict(  # noqa: C408
-            pixel_values_images=self.pictures, pixel_values_videos=self.videos
-        )
+        return {"pixel_values_images": self.pictures, "pixel_values_videos": self.videos}
 
     def _picture(self) -> Part:
         _, patches, scores = see(self.core.image_tower, self.pictures, self.config)

@@ -61,7 +61,7 @@ def _of_plugin(
 
 
 def examine_model(model: nn.Module, checkpoint: str = "") -> Examination:
-    """Compare a model of your own, as it is; nothing is left behind.
+    """Compare a model of your own, as it is; its weights and config stay what they were.
 
     Args:
         model: of a supported class, in eval mode.
