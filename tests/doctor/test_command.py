@@ -54,7 +54,7 @@ def test_text(offering: Callable[..., Registry]) -> None:
 def test_a_fault_ends_with_one_and_says_what_to_do(fault: None) -> None:
     said = doctor(code=1).output
     assert f"{LLAVA}, before the LLM, and 1 more: KeyError: 'hidden_states'" in said
-    assert said.splitlines()[-1].startswith(f"Do not trust compressed answers of {LLAVA} here; ")
+    assert said.splitlines()[-1].startswith(f"Do not use tokenprune with {LLAVA} here; ")
     assert "report it with the output of `tokenprune doctor --json`" in said.splitlines()[-1]
 
 
@@ -101,37 +101,54 @@ def test_a_checkpoint_on_which_the_adapter_fails(
 ) -> None:
     monkeypatch.setattr(LlavaAdapter, "install", lambda self, *args: iter(()))
     said = doctor("--model", "pocket", code=1).output
-    assert "Do not trust compressed answers of LlavaForConditionalGeneration here" in said
+    assert "Do not use tokenprune with LlavaForConditionalGeneration here" in said
 
 
-def found(*outcomes: str, notes: str = "") -> Examination:
+def found(*outcomes: str, notes: str = "", **changes: Any) -> Examination:
     versions = (
         Version("transformers", "5.30.0", "5.19 to 5.24", notes, "transformers>=5.19,<5.25"),
     )
-    made: Any = tuple(Comparison("M", str(n), each) for n, each in enumerate(outcomes))  # type: ignore[arg-type]
-    return replace(examine(only=()), versions=versions, comparisons=made)
+    made: Any = tuple(Comparison("M", "there", each, gap=1.0) for each in outcomes)  # type: ignore[arg-type]
+    return replace(examine(only=()), versions=versions, comparisons=made, **changes)
+
+
+NEWER = {"notes": "newer than tested"}
+HALF = {"dtype": "bfloat16", "checkpoint": "here"}
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "notes", "words"),
+    ("outcomes", "changes", "words"),
     [
-        (["ok", "ok"], "", "All 2 comparisons agree with vanilla runs by hand."),
+        (["ok", "ok"], {}, "All 2 comparisons agree with vanilla runs by hand."),
         (
             ["ok", "ok", "not installed"],
-            "newer than tested",
+            NEWER,
             "All 2 comparisons agree with vanilla runs by hand, on versions that were never tested "
             "(transformers 5.30.0), too.",
         ),
-        (["not installed"], "", "Nothing was compared, because no library of a supported model is"),
-        (["ok", "unclear"], "", "In float32 a fault could hide in rounding; compare with --dtype"),
+        (["not installed"], {}, "Nothing was compared, because no library of a supported model is"),
         (
             ["failed", "unclear"],
-            "newer than tested",
-            "Do not trust compressed answers of M here; install tested versions: pip install "
+            NEWER,
+            "Do not use tokenprune with M here; install tested versions: pip install "
             "'transformers>=5.19,<5.25'; if it still fails, please report it with",
         ),
-        (["failed"], "", "Do not trust compressed answers of M here; please report it with"),
+        (["failed"], {}, "Do not use tokenprune with M here; please report it with"),
+        (["refused"], {}, "Do not use tokenprune with M here; please report it with"),
+        (
+            ["ok", "refused"],
+            {"checkpoint": "here"},
+            "What is refused cannot be done with this model; the reason is above.",
+        ),
+        (["unclear"], {"checkpoint": "here"}, "Nothing is shown: this model answers random"),
+        (["unclear", "failed"], HALF, "In bfloat16 rounding may be the reason; compare with"),
     ],
 )
-def test_the_last_sentence(outcomes: list[str], notes: str, words: str) -> None:
-    assert verdict(found(*outcomes, notes=notes)).startswith(words)
+def test_the_last_sentence(outcomes: list[str], changes: dict[str, str], words: str) -> None:
+    assert verdict(found(*outcomes, **changes)).startswith(words)
+
+
+def test_an_error_in_half_precision_is_no_rounding() -> None:
+    made = found("failed", **HALF)
+    made = replace(made, comparisons=(replace(made.comparisons[0], gap=None),))
+    assert verdict(made).startswith("Do not use tokenprune with M here")

@@ -19,7 +19,7 @@ from .console import console, table
 from .loading import load_model, quiet
 
 POCKET = "pocket"
-COLORS = {"ok": "green", "failed": "red", "unclear": "yellow"}
+COLORS = {"ok": "green", "failed": "red", "refused": "red", "unclear": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,18 @@ def verdict(found: Examination) -> str:
     if not found.failed:
         there = f", on versions that were never tested ({untested}), too" if untested else ""
         return f"All {len(made)} comparisons agree with vanilla runs by hand{there}."
-    if all(each.outcome == "unclear" for each in found.failed):
-        return f"In {found.dtype} a fault could hide in rounding; compare with --dtype float32."
+    outcomes = {each.outcome for each in found.failed}
+    if outcomes == {"refused"} and found.checkpoint:
+        return "What is refused cannot be done with this model; the reason is above."
+    if outcomes == {"unclear"} and found.checkpoint and found.dtype == "float32":
+        return (
+            "Nothing is shown: this model answers random pictures alike, whatever is kept of them."
+        )
+    if found.dtype != "float32" and all(each.gap is not None for each in found.failed):
+        return f"In {found.dtype} rounding may be the reason; compare with --dtype float32."
     todo = "please report it with the output of `tokenprune doctor --json`"
     if untested:
         wanted = " ".join(f"'{each.requirement}'" for each in found.untested)
         todo = f"install tested versions: pip install {wanted}; if it still fails, {todo}"
-    names = ", ".join(
-        dict.fromkeys(each.model for each in found.failed if each.outcome == "failed")
-    )
-    return f"Do not trust compressed answers of {names} here; {todo}."
+    names = ", ".join(dict.fromkeys(each.model for each in found.failed))
+    return f"Do not use tokenprune with {names} here; {todo}."

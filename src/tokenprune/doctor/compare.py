@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attach import attach
+from ..errors import UnsupportedError
 from .report import Comparison, Outcome
 from .trial import Answer, Cut, Questions, Trial
 
@@ -58,7 +59,8 @@ def failure(name: str, where: str, error: Exception, spec: str = "") -> Comparis
     """A comparison that an error has ended."""
     reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
     told = "".join(traceback.format_exception(error))
-    return Comparison(name, where, "failed", spec, reason=reason, traceback=told)
+    outcome: Outcome = "refused" if isinstance(error, UnsupportedError) else "failed"
+    return Comparison(name, where, outcome, spec, reason=reason, traceback=told)
 
 
 def _answer(model: nn.Module, cut: Cut, questions: Questions) -> Answer:

@@ -10,7 +10,7 @@ import torch
 
 from ..versions import LIBRARIES, Library
 
-Outcome: TypeAlias = Literal["ok", "failed", "unclear", "not installed", "no trial"]
+Outcome: TypeAlias = Literal["ok", "failed", "refused", "unclear", "not installed", "no trial"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,9 @@ class Comparison:
     Attributes:
         model: name of the trial.
         where: words for the place of the stage.
-        outcome: ``"unclear"`` where rounding may hide a wrong plan, which is a failure, too;
-            ``"not installed"`` and ``"no trial"`` are none.
+        outcome: ``"refused"`` where `attach` says that it cannot serve the model, ``"unclear"``
+            where rounding may hide a wrong plan: both are failures, too; ``"not installed"`` and
+            ``"no trial"`` are none.
         spec: what was attached.
         gap: largest difference of any logit; None where nothing could be compared.
         tolerance: largest gap that is allowed.
@@ -113,8 +114,9 @@ class Examination:
 
     @property
     def failed(self) -> tuple[Comparison, ...]:
-        """Comparisons that failed, or show nothing."""
-        return tuple(each for each in self.comparisons if each.outcome in ("failed", "unclear"))
+        """Comparisons that were made, or tried, and do not agree."""
+        fine = ("ok", "not installed", "no trial")
+        return tuple(each for each in self.comparisons if each.outcome not in fine)
 
     @property
     def untested(self) -> tuple[Version, ...]:

@@ -8,18 +8,27 @@ import torch
 from torch import Tensor
 
 
-def clear_budget(scores: Iterable[Tensor]) -> int:
-    """Tokens to keep of every picture, such that the last one kept is far ahead of the next.
+def clear_budget(scores: Iterable[Tensor], dtype: torch.dtype) -> int:
+    """Tokens to keep of every picture: about a quarter, the last of them well ahead of the next.
 
     Scores that are computed in another way differ by rounding, which must not change what is kept.
 
-    >>> clear_budget([torch.tensor([0.1, 0.9, 0.8, 0.09, 0.085, 0.08, 0.01])])
+    Args:
+        scores: `(tokens,)` of each picture.
+        dtype: what the model computes in.
+
+    >>> clear_budget([torch.tensor([0.1, 0.9, 0.8, 0.1, 0.1, 0.1, 0.1, 0.1])], torch.bfloat16)
     2
     """
     ordered = [each.float().sort(descending=True).values for each in scores]
-    most = min(len(each) for each in ordered) * 3 // 4
-    ahead = torch.stack([each[1:most] / each[2 : most + 1] for each in ordered]).amin(0)
-    return 2 + int(ahead.argmax())
+    fewest = min(map(len, ordered))
+    most = max(fewest * 3 // 4, 2)
+    # How far the k-th score is ahead of the next, from k = 1 on, in the worst of the pictures.
+    ahead = torch.stack([each[:most] / each[1 : most + 1] - 1 for each in ordered]).amin(0).tolist()
+    clear = [k for k, lead in enumerate(ahead, start=1) if lead > torch.finfo(dtype).eps ** 0.5]
+    if clear:
+        return min(clear, key=lambda k: abs(k - fewest / 4))
+    return 1 + ahead.index(max(ahead))
 
 
 def kept(groups: Iterable[Tensor], scores: Tensor, keep: int, shift: int = 0) -> Tensor:

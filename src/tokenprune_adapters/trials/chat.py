@@ -102,7 +102,8 @@ class Chat:
             run: `(prompt, slots, text)` to logits, `slots` being what is left of the prompt.
         """
         pairs = list(zip(self.prompts, scores, strict=True))
-        keep = clear_budget(each[group] for prompt, each in pairs for group in prompt.groups)
+        ranked = (each[group] for prompt, each in pairs for group in prompt.groups)
+        keep = clear_budget(ranked, self.model.dtype)
 
         def by_hand(text: Tensor, shift: int) -> Tensor:
             made = torch.stack(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokenprune.doctor import Trial
 
-from .attention_maps import patches_of, scorer, see
+from .attention_maps import patches_of
 from .chat import questions
 from .prompts import Part, Pictures
 from .tiny import IMAGE, text_config, tiny, vision_config
@@ -21,16 +21,12 @@ class LlavaPictures(Pictures):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self.pixels = self.noise(3, seed=1)
-        self.cls, self.patches, self.scores = see(self.core.vision_tower, self.pixels, self.config)
-
-    @property
-    def scorer(self) -> str:
-        return scorer(self.config, has_cls=self.cls.shape[1] > 0)
 
     def parts(self) -> Sequence[Part]:
-        embeds = self.core.multi_modal_projector(self.patches)
+        _, patches, scores = self.see(self.core.vision_tower, self.pixels)
+        embeds = self.core.multi_modal_projector(patches)
         placeholder = self.config.image_token_id
-        return [self.shown(placeholder, *each) for each in zip(embeds, self.scores, strict=True)]
+        return [self.shown(placeholder, *each) for each in zip(embeds, scores, strict=True)]
 
     def arguments(self) -> dict[str, Tensor]:
         return {"pixel_values": self.pixels}

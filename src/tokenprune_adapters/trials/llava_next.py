@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from tokenprune.doctor import Trial
 
-from .attention_maps import see
 from .chat import questions
 from .prompts import Part, Pictures
 from .tiny import IMAGE, text_config, tiny, vision_config
@@ -31,7 +30,7 @@ class LlavaNextPictures(Pictures):
         self.crops = self.noise(3, 1 + self.tiles[0] * self.tiles[1], seed=1)
 
     def parts(self) -> Sequence[Part]:
-        _, patches, scores = see(self.core.vision_tower, self.crops.flatten(0, 1), self.config)
+        _, patches, scores = self.see(self.core.vision_tower, self.crops.flatten(0, 1))
         features = self.core.multi_modal_projector(patches)
         both = torch.cat([features.float(), scores[:, :, None]], dim=-1)
         return [

@@ -37,7 +37,7 @@ class Tower:
         with torch.no_grad():
             rows, plain = self._cls_rows(), self.ask().logits
         groups = [torch.arange(self.prefix, rows.shape[1], device=rows.device)]
-        keep = clear_budget(rows[:, self.prefix :])
+        keep = clear_budget(rows[:, self.prefix :], rows.dtype)
 
         def by_hand(text: Tensor, shift: int) -> Tensor:
             return self._run(torch.stack([kept(groups, row, keep, shift) for row in rows]))

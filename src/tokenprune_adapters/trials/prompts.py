@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_maps import scorer
+from .attention_maps import scorer, see
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,12 @@ class Pictures(ABC):
 
     Args:
         model: vanilla.
+
+    Attributes:
+        scorer: spec of what the scores of the parts are, once a tower has seen them.
     """
+
+    scorer: str
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -48,10 +53,11 @@ class Pictures(ABC):
     def arguments(self) -> dict[str, Tensor]:
         """Pixels and whatever else the model takes with them."""
 
-    @property
-    def scorer(self) -> str:
-        """Spec of what the scores of the parts are."""
-        return scorer(self.config, has_cls=True)
+    def see(self, tower: Any, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of [CLS], features of the patches, and scores; see `attention_maps.see`."""
+        cls, patches, scores = see(tower, pixels, self.config)
+        self.scorer = scorer(self.config, has_cls=cls.shape[1] > 0)
+        return cls, patches, scores
 
     def noise(self, *shape: int, seed: int) -> Tensor:
         """Random pixels, the same for the same seed; `(*shape, 3, side, side)`."""

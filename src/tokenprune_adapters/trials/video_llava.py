@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from tokenprune.doctor import Trial
 
-from .attention_maps import see
 from .chat import questions
 from .prompts import Part, Pictures
 from .tiny import IMAGE, VIDEO, text_config, tiny, vision_config
@@ -34,14 +33,14 @@ class VideoLlavaPictures(Pictures):
         return {"pixel_values_images": self.pictures, "pixel_values_videos": self.videos}
 
     def _picture(self) -> Part:
-        _, patches, scores = see(self.core.image_tower, self.pictures, self.config)
+        _, patches, scores = self.see(self.core.image_tower, self.pictures)
         embeds = self.core.multi_modal_projector(patches)
         return self.shown(self.config.image_token_id, embeds[0], scores[0])
 
     def _videos(self) -> list[Part]:
         """Of every frame the model shows [CLS], which no budget counts, and then the patches."""
         frames = self.videos.flatten(0, 1)
-        cls, patches, scores = see(self.core.video_tower, frames, self.config)
+        cls, patches, scores = self.see(self.core.video_tower, frames)
         embeds = self.core.multi_modal_projector(torch.cat([cls, patches], dim=1))
         scores = torch.cat([scores.new_full(cls.shape[:2], torch.inf), scores], dim=1)
         return [
