@@ -18,6 +18,7 @@ from .report import Record, Report
 from .signals import Signal
 from .spec import shown, spec_of, stages_of
 from .strategy import Reduction, Stage
+from .versions import warn_newer
 from .wrappers import unwrapped
 
 _attached: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
@@ -109,6 +110,7 @@ def attach(model: nn.Module, *stages: Stage | str, adapter: str | None = None) -
                 "call"
             )
     chosen = plugin.factory()
+    warn_newer()
     for stage in parsed:
         check_signals(chosen.provides(model, stage.placement), stage, type(model).__name__)
     record = Record()
@@ -143,6 +145,7 @@ def observe(
     known = registry()
     plugin = known.claiming(known.towers, tower, adapter)
     chosen = plugin.factory()
+    warn_newer()
     wanted = frozenset(signals)
     missing = {type(s) for s in wanted} - chosen.provides(tower)
     if missing:
@@ -178,6 +181,7 @@ def watch(model: nn.Module, *, adapter: str | None = None) -> Iterator[Attended]
     model = unwrapped(model)
     chosen = known.claiming(known.models, model, adapter).factory()
     attended = Attended()
+    warn_newer()
     with ExitStack() as installed:
         _install(installed, chosen.watch(model, attended))
         yield attended

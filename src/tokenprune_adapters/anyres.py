@@ -41,8 +41,8 @@ class Packing:
         packed, _ = core.pack_image_features(
             list(torch.split(index, list(crops))),
             image_sizes,
-            vision_feature_select_strategy="default",
-            image_newline=torch.tensor([NEWLINE]),
+            "default",
+            torch.tensor([NEWLINE]),
         )
         return cls(tuple(each.squeeze(-1) for each in packed), crops, patches)
 

@@ -30,14 +30,13 @@ from support.llava import (
 )
 from support.oracle import greedy_batch, padded_embeddings
 from tokenprune import UnsupportedError
-from tokenprune_adapters.versions import VERSION
+from tokenprune_adapters.hf.chunked_prefill import VERSION
 
 from .conftest import MakeLlava
 
 TOLERANCE = 1e-5  # of float32 logits around 10
 BOTH_POSITIONS = pytest.mark.parametrize("positions", ["reindexed", "original"])
 # Below 5.19 transformers itself mixes up the images of a prompt with several when it expands.
-EXPANDABLE = prompts() if VERSION >= (5, 19) else [prompts()[0], prompts()[2]]
 
 
 def close(got: Tensor, wanted: Tensor) -> None:
@@ -97,8 +96,8 @@ def test_beams_equal_single_sample_beams_over_embeddings(llava: MakeLlava, atten
     model = llava(attention)
     options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
     with tokenprune.attach(model, spec(4)):
-        out = _sequences(model, collate(EXPANDABLE), **options)
-    for row, prompt in enumerate(EXPANDABLE):
+        out = _sequences(model, collate(prompts()), **options)
+    for row, prompt in enumerate(prompts()):
         single = _sequences(model, padded_embeddings(model, [prompt], 4), **options)
         mine = slice(2 * row, 2 * row + 2)
         width = out.sequences.shape[1] - single.sequences.shape[1]
@@ -111,7 +110,7 @@ def test_beams_equal_single_sample_beams_over_embeddings(llava: MakeLlava, atten
 def test_a_batch_equals_its_rows_alone(
     llava: MakeLlava, positions: str, options: dict[str, Any]
 ) -> None:
-    model, batch = llava(), EXPANDABLE if options else prompts()
+    model, batch = llava(), prompts()
     together = pruned(model, collate(batch), 4, positions, **options)
     for row, prompt in enumerate(batch):
         alone = pruned(model, collate([prompt]), 4, positions, **options)
@@ -125,11 +124,11 @@ def test_sampling_equals_sampling_over_embeddings(llava: MakeLlava) -> None:
     options: dict[str, Any] = {"do_sample": True, "num_return_sequences": 3, "temperature": 1.5}
     with tokenprune.attach(model, spec(4)):
         torch.manual_seed(7)
-        out = _sequences(model, collate(EXPANDABLE), **options).sequences
+        out = _sequences(model, collate(prompts()), **options).sequences
     torch.manual_seed(7)
-    wanted = _sequences(model, padded_embeddings(model, EXPANDABLE, 4), **options).sequences
+    wanted = _sequences(model, padded_embeddings(model, prompts(), 4), **options).sequences
     assert torch.equal(out[:, -wanted.shape[1] :], wanted)
-    assert len({tuple(row) for row in wanted.tolist()}) > len(EXPANDABLE)  # it did sample
+    assert len({tuple(row) for row in wanted.tolist()}) > len(prompts())  # it did sample
 
 
 def _sequences(model: Any, inputs: dict[str, Tensor], **options: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 
 import tokenprune
 from support.llava import PATCHES, Row, collate, generate, picture, prompts, spec, tiny_llava
+from support.outputs import shown_features
 from tokenprune import AttachError, ImageReport
 
 from .conftest import MakeLlava
@@ -101,8 +102,8 @@ def test_image_features_of_an_output_are_those_that_entered(llava: MakeLlava) ->
     model = llava()
     with torch.no_grad():
         with tokenprune.attach(model, spec(4)) as attachment:
-            seen = model(**collate(prompts())).image_hidden_states
-        vanilla = model(**collate(prompts())).image_hidden_states
+            seen = shown_features(model(**collate(prompts())))
+        vanilla = shown_features(model(**collate(prompts())))
     kept = torch.cat(
         [
             image[indices]

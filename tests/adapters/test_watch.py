@@ -16,7 +16,6 @@ from adapters.conftest import leftovers
 from support import llava, llava_next, video_llava
 from tokenprune import Attended, UnsupportedError
 from tokenprune.errors import AttachError, MissingSignalError, ShapeError
-from tokenprune_adapters.versions import VERSION
 
 STEPS = 4
 
@@ -59,10 +58,9 @@ LLAVA = Family(
 )
 NEXT = Family(llava_next.tiny_llava_next, llava_next.prompts, llava_next.collate, _of_next)
 VIDEO = Family(video_llava.tiny_video_llava, video_llava.prompts, video_llava.collate, _of_video)
-OLD = pytest.mark.skipif(VERSION < (5, 19), reason="transformers mixes up expanded images")
 FAMILIES = pytest.mark.parametrize(
     "family",
-    [LLAVA, pytest.param(NEXT, marks=OLD), pytest.param(VIDEO, marks=OLD)],
+    [LLAVA, NEXT, VIDEO],
     ids=["llava", "llava-next", "video-llava"],
 )
 PLACEHOLDERS = (llava.IMAGE, video_llava.VIDEO)
@@ -219,7 +217,6 @@ def test_a_picture_after_a_text_that_is_cached() -> None:
     check(seen, wanted(LLAVA, [whole], llava.collate([whole]), torch.tensor([[45, 46]])))
 
 
-@OLD
 def test_a_prompt_that_starts_with_its_picture() -> None:
     """Padding of a shorter picture is no patch, though the first slot of all is one."""
     wide, small = (llava_next.Picture.of(size, 1) for size in ((40, 90), (20, 25)))

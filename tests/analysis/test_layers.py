@@ -25,7 +25,6 @@ from tokenprune.analysis.layers import consistency, output_attention, scorer_of
 from tokenprune.analysis.plots import plot
 from tokenprune.bench.data import DataError, Sample
 from tokenprune.errors import BudgetError, ShapeError, SpecError, UnknownNameError, UnsupportedError
-from tokenprune_adapters.versions import VERSION
 
 LONGEST = 5
 ENDS = list(range(2, 40, 2))  # many, so that answers of a batch end at different tokens
@@ -91,10 +90,7 @@ NEXT = Family(
     llava_next.collate,
     cls_of_next,
 )
-OLD = pytest.mark.skipif(VERSION < (5, 19), reason="transformers mixes up expanded images")
-FAMILIES = pytest.mark.parametrize(
-    "family", [LLAVA, pytest.param(NEXT, marks=OLD)], ids=["llava", "llava-next"]
-)
+FAMILIES = pytest.mark.parametrize("family", [LLAVA, NEXT], ids=["llava", "llava-next"])
 
 
 def samples(count: int = 7) -> list[Sample]:

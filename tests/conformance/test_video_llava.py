@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import pytest
 from torch import Tensor, nn
 
 from support import video_llava
@@ -14,9 +13,6 @@ from support.llava import BOS, generate
 from support.video_llava import FRAMES, PATCHES, collate, tiny_video_llava
 from tokenprune import AfterLayer, BeforeLLM, Placement
 from tokenprune.testing import ModelCase, Prompt, parametrize_with_checks
-from tokenprune_adapters.versions import VERSION
-
-pytestmark = pytest.mark.skipif(VERSION < (5, 19), reason="the adapter refuses older versions")
 
 WRAPS = ("model.get_video_features",)
 

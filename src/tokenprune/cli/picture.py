@@ -202,7 +202,7 @@ def _scored(seen: Seen, spec: str, given: Answer, scale: int) -> Panel:
 
 def _layers(loaded: Loaded, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Reduction]]:
     """[CLS] attention, mean over heads, of each vision layer up to the one that gives features."""
-    from tokenprune_adapters.models.parts import feature_layer
+    from tokenprune_adapters.hf.anatomy import feature_layer
 
     config = loaded.model.config
     last = feature_layer(config) % config.vision_config.num_hidden_layers

@@ -161,9 +161,10 @@ def _extend(inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
 
 
 def _cache_lengths(model: nn.Module, inputs: dict[str, Any]) -> list[int]:
-    return [
-        layer.keys.shape[-2] for layer in model(**inputs, use_cache=True).past_key_values.layers
-    ]
+    output = model(**inputs, use_cache=True)
+    # The name since transformers 5.24, and the one before.
+    cache = next(output[name] for name in ("cache", "past_key_values") if name in output)
+    return [layer.keys.shape[-2] for layer in cache.layers]
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ from tokenprune.signals import LastQueryAttention, Signal, Signals, TextQueryAtt
 from tokenprune.strategy import Reduction, Stage
 from tokenprune.tokens import VisualTokens
 
+from ..hf.anatomy import attention_of
+from ..hf.names import calls_of
 from .attention import attention_to_images, check_layer
 from .cache import Shortened, state_of
 from .images import Images, Seats
@@ -202,6 +204,7 @@ class _BeforeLayer(NotCopyable):
     def __init__(self, inside: ReduceInside, number: int) -> None:
         self.inside = inside
         self.number = number
+        self.calls = calls_of(inside.llm.layers[number])
 
     def before(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -209,11 +212,11 @@ class _BeforeLayer(NotCopyable):
         run: Run | None = kwargs.pop(RUN, None)
         if run is None:
             return args, kwargs
-        hidden: Tensor = args[0]
-        number = self.number
+        call = self.calls(args, kwargs)
+        hidden, number = call.hidden, self.number
         # Recomputation under gradient checkpointing comes by again, when all is decided.
         if number in self.inside.stages and number not in run.segments:
-            rotary = run.rotary.get(run.start_of(number), kwargs["position_embeddings"])
+            rotary = run.rotary.get(run.start_of(number), call.rotary)
             with self.inside.record.selecting(hidden.device):
                 self.inside.open_segment(run, number, hidden, rotary)
         start = run.start_of(number)
@@ -228,14 +231,15 @@ class _BeforeLayer(NotCopyable):
             run.inputs[number] = hidden.detach()
         if start > 0:
             if start not in run.rotary:
-                run.rotary[start] = self.inside.llm.rotary_emb(hidden, position_ids=segment.place)
-            kwargs["position_embeddings"] = run.rotary[start]
-            kwargs["position_ids"] = segment.place
-            kwargs["attention_mask"] = segment.mask
-        if "flash" in self.inside.llm.config._attn_implementation:
+                run.rotary[start] = self.inside.llm.rotary_emb(hidden, segment.place)
+            call.rotary = run.rotary[start]
+            call.positions = segment.place
+            call.mask = segment.mask
+        if "flash" in attention_of(self.inside.llm):
             # The rotary embedding is made; flash would take gaps for seams of packed sequences.
-            kwargs["position_ids"] = None
-        return (hidden, *args[1:]), kwargs
+            call.positions = None
+        call.hidden = hidden
+        return call.args, call.kwargs
 
 
 def _keeps_all(plan: Plan, counts: dict[int, tuple[int, ...]]) -> bool:
@@ -244,19 +248,23 @@ def _keeps_all(plan: Plan, counts: dict[int, tuple[int, ...]]) -> bool:
     return before == after
 
 
-def refuse_candidates(model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+class RefuseCandidates(NotCopyable):
     """Hook before a whole model whose stages rank by the text of the prompt.
 
     In the first pass of assisted decoding and prompt lookup, candidates stand behind the prompt,
     and nothing tells where it ends but how many logits are asked for.
     """
-    kept = kwargs.get("logits_to_keep", 0)
-    pixels = any(given is not None for name, given in kwargs.items() if name.startswith("pixel_"))
-    images = pixels or kwargs.get("mm_encoder_outputs")
-    generating = kwargs.get("past_key_values") is not None
-    if images and generating and isinstance(kept, int) and kept > 1:
-        raise UnsupportedError(
-            f"logits_to_keep={kept} in a prefill says that {kept - 1} candidates of assisted "
-            "decoding or prompt lookup stand behind the prompt, so its last token cannot be found "
-            "to rank by; decode without them, or rank by cls-attention"
-        )
+
+    def __init__(self, model: nn.Module) -> None:
+        self.calls = calls_of(model)
+
+    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = self.calls(args, kwargs)
+        kept = call.kept_logits
+        images = call.pictures is not None or call.videos is not None or call.encoded
+        if images and call.cache is not None and isinstance(kept, int) and kept > 1:
+            raise UnsupportedError(
+                f"logits_to_keep={kept} in a prefill says that {kept - 1} candidates of assisted "
+                "decoding or prompt lookup stand behind the prompt, so its last token cannot be "
+                "found to rank by; decode without them, or rank by cls-attention"
+            )

@@ -8,7 +8,6 @@ attention mask and cache state.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from tokenprune.errors import UnsupportedError
 from tokenprune.placement import Positions
 
+from ..hf.anatomy import attention_of
 from ..layout import Layout, causal_mask
 from .cache import Shortened
 
@@ -103,8 +103,7 @@ def _mask(
     gaps: bool,
     device: torch.device,
 ) -> Tensor | None:
-    config: Any = llm.config
-    attention = str(config._attn_implementation)
+    attention = attention_of(llm)
     if attention not in ("sdpa", "eager") and "flash" not in attention:
         raise UnsupportedError(
             f"attention implementation {attention!r} cannot run a shortened prompt; use "

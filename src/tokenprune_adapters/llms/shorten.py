@@ -8,7 +8,6 @@ business of `inside.py`, whose hooks work on the `Run` that is made here.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -24,6 +23,7 @@ from tokenprune.report import Record
 from tokenprune.signals import Signals
 
 from ..carry import carried, carry
+from ..hf.names import Output, calls_of
 from ..marks import marked
 from .cache import (
     Shortened,
@@ -42,31 +42,6 @@ RUN = "tokenprune_run"
 
 IMAGES = "tokenprune_images"
 """Name of the private argument that tells which slots are visual; see `Images`."""
-
-_NEEDED = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
-
-
-def check_llm(llm: nn.Module) -> None:
-    """Refuse language models that cannot be shortened from outside.
-
-    Raises:
-        UnsupportedError: the model takes other arguments than decoders of transformers do, or
-            some of its layers attend to a sliding window.
-    """
-    taken = inspect.signature(llm.forward).parameters
-    missing = [name for name in _NEEDED if name not in taken]
-    if missing:
-        raise UnsupportedError(f"{type(llm).__name__} does not take {', '.join(missing)}")
-    config: Any = llm.config
-    kinds = set(getattr(config, "layer_types", None) or ())
-    windowed = getattr(config, "sliding_window", None) and getattr(
-        config, "use_sliding_window", True
-    )
-    if kinds - {"full_attention"} or (not kinds and windowed):
-        raise UnsupportedError(
-            f"{type(llm).__name__} has {', '.join(sorted(kinds)) or 'sliding_window'} layers, "
-            "whose windows would count kept tokens only; only full attention is supported"
-        )
 
 
 @dataclass(eq=False)
@@ -119,6 +94,7 @@ class ShortenPrompts(NotCopyable):
     """The two hooks on a language model.
 
     Args:
+        llm: the language model.
         positions: ``"reindexed"`` counts the kept tokens anew, ``"original"`` leaves gaps.
         record: where KV bytes are noted.
         starts: layers at which stages inside the model reduce further; see `inside.py`.
@@ -127,32 +103,36 @@ class ShortenPrompts(NotCopyable):
 
     def __init__(
         self,
+        llm: nn.Module,
         positions: Positions,
         record: Record,
         starts: tuple[int, ...] = (),
         to_layers: bool = False,
     ) -> None:
+        self.llm = llm
+        self.calls = calls_of(llm)
         self.positions = positions
         self.record = record
         self.starts = starts
         self.to_layers = to_layers
 
-    def install(self, llm: nn.Module) -> Iterator[Removable]:
+    def install(self) -> Iterator[Removable]:
         """Yield the handles."""
-        yield llm.register_forward_pre_hook(self.before, with_kwargs=True)
-        yield llm.register_forward_hook(self.after, with_kwargs=True)
+        yield self.llm.register_forward_pre_hook(self.before, with_kwargs=True)
+        yield self.llm.register_forward_hook(self.after, with_kwargs=True)
 
     def before(
         self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         images: Images | None = kwargs.pop(IMAGES, None)
-        embeds: Tensor | None = kwargs.get("inputs_embeds")
+        call = self.calls(args, kwargs)
+        embeds = call.embeds
         if embeds is None:
             return None
-        cache = kwargs.get("past_key_values")
+        cache = call.cache
         drop = marked(embeds)
         past = int(cache.get_seq_length()) if cache is not None else 0
-        mask = kwargs.get("attention_mask")
+        mask = call.mask
         usable = mask is None or _is_padding_mask(mask, past, drop)
         real, real_past = _real_columns(mask if usable else None, past, drop)
         seen = drop[:, :0] if images is None else images.visual
@@ -172,7 +152,7 @@ class ShortenPrompts(NotCopyable):
 
         fresh = Shortened(0, real_past, drop.new_zeros(embeds.shape[0], dtype=torch.int64), 0)
         known = state_of(cache, 0) or fresh
-        place = _positions(kwargs.get("position_ids"), past, drop) - known.moved[:, None]
+        place = _positions(call.positions, past, drop) - known.moved[:, None]
         slots = Slots(drop if shorten else None, None if all_real else real, place)
         first = enter(slots, known, past, self.positions, llm, cache is not None)
         run = Run(cache, past, {0: first})
@@ -186,21 +166,22 @@ class ShortenPrompts(NotCopyable):
                 run.segments[start] = enter(same, state, past, "original", llm, cache is not None)
         if first.layout is not None:
             embeds = first.layout.shorten(embeds)
-        kwargs["inputs_embeds"] = carry(embeds, run)
-        kwargs["position_ids"] = first.place
-        kwargs["attention_mask"] = first.mask
+        call.embeds = carry(embeds, run)
+        call.positions = first.place
+        call.mask = first.mask
         if self.to_layers:
-            kwargs[RUN] = run
+            call.kwargs[RUN] = run
         expect_update(cache)
-        return args, kwargs
+        return call.args, call.kwargs
 
     def after(
         self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        run = carried(kwargs.get("inputs_embeds"))
+        run = carried(self.calls(args, kwargs).embeds)
         if not isinstance(run, Run):
             return None
-        cache = output.past_key_values
+        given = Output(output)
+        cache = given.cache
         if cache is not None:
             check_cache(cache)
             shortened = any(segment.layout is not None for segment in run.segments.values())
@@ -212,14 +193,14 @@ class ShortenPrompts(NotCopyable):
                 self.record.cached(*stored_bytes(cache))
         if run.counts and run.images is not None:
             self.record.counted(run.images.tokens, run.counts)
-        last = max(run.segments)
-        output.last_hidden_state = run.restore(output.last_hidden_state, last)
-        if output.hidden_states is not None:
-            output.hidden_states = tuple(
-                None if states is None else run.restore(states, max(number - 1, 0))
-                for number, states in enumerate(output.hidden_states)
+        assert given.last is not None
+        states = given.states
+        if states is not None:
+            states = tuple(
+                None if each is None else run.restore(each, max(number - 1, 0))
+                for number, each in enumerate(states)
             )
-        return output
+        return given.replaced(last=run.restore(given.last, max(run.segments)), states=states)
 
 
 def _is_padding_mask(mask: Any, past: int, drop: Tensor) -> bool:

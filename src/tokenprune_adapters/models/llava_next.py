@@ -23,21 +23,21 @@ from tokenprune.spec import shown
 from tokenprune.strategy import Stage
 
 from ..anyres import NEWLINE, Packing
+from ..hf.anatomy import Anatomy
+from ..hf.checks import Encoders, check_model
+from ..hf.chunked_prefill import lost_images_guard
+from ..hf.names import Call, Output, Signature
 from ..llms.images import Images
-from ..llms.shorten import check_llm
 from ..llms.store import SignalStore
 from ..projection import ReduceBeforeProjector
 from ..rowing import Rows
-from ..versions import check_transformers, lost_images_guard
 from ..wrapping import wrap_method
-from .parts import (
-    check_budgets,
-    check_select_strategy,
-    feature_layer,
-    tower_adapter,
-)
+from .parts import check_budgets, check_select_strategy, tower_adapter
 from .placed import FindImages, Placed, check_placement, readable
 from .watched import WatchAttention
+
+_ENCODE = "get_image_features"
+_ENCODERS: Encoders = {_ENCODE: (Call.pixels, Call.sizes)}
 
 
 class LlavaNextAdapter(ModelAdapter):
@@ -53,41 +53,41 @@ class LlavaNextAdapter(ModelAdapter):
 
     def provides(self, model: nn.Module, placement: Placement) -> frozenset[type[Signal]]:
         check_placement(model, placement)
-        # Below 5.19 transformers mixes up the images of expanded prompts, see versions.py.
-        check_transformers(oldest=(5, 19))
-        core: Any = model.model
-        check_llm(core.language_model)
-        provided = tower_adapter(core.vision_tower).provides(core.vision_tower)
-        check_select_strategy(core, core.vision_tower, has_cls=ClsAttention in provided)
+        parts = Anatomy.of(model)
+        check_model(parts, placement, _ENCODERS)
+        (tower,) = parts.towers
+        provided = tower_adapter(tower).provides(tower)
+        check_select_strategy(parts, has_cls=ClsAttention in provided)
         return readable(placement, provided)
 
     def install(
         self, model: nn.Module, stages: tuple[Stage, ...], record: Record
     ) -> Iterator[Removable]:
-        core: Any = model.model
+        parts = Anatomy.of(model)
         check_budgets(stages)
-        placed = Placed.of(stages, core.language_model)
-        store = SignalStore(core.get_input_embeddings().weight.dtype)
-        pack = _PackImages(core, _per(placed), _newline(placed), store if placed.inside else None)
+        placed = Placed.of(stages, parts.llm)
+        store = SignalStore(parts.core.get_input_embeddings().weight.dtype)
+        pack = _PackImages(parts, _per(placed), _newline(placed), store if placed.inside else None)
         if placed.before is not None or placed.inside:
             observation = Observation()
-            yield from tower_adapter(core.vision_tower).install(
-                core.vision_tower, placed.of_tower, observation, feature_layer(core.config)
+            (tower,) = parts.towers
+            yield from tower_adapter(tower).install(
+                tower, placed.of_tower, observation, parts.feature_layer
             )
             yield from pack.install()
             later = pack.known if placed.inside else None
             reduce = ReduceBeforeProjector(placed.strategy, observation, record, later, pack.rows)
-            yield from reduce.install(core.multi_modal_projector)
-        yield from placed.install(model, FindImages(pack.find), store, record)
-        yield from lost_images_guard(core)
+            yield from reduce.install(parts.projector)
+        yield from placed.install(parts, FindImages(parts.core, pack.find), store, record)
+        yield from lost_images_guard(parts)
 
     def watch(self, model: nn.Module, attended: Attended) -> Iterator[Removable]:
         self.provides(model, BeforeLLM())
-        core: Any = model.model
-        noted = _NotePlaces(core)
+        parts = Anatomy.of(model)
+        noted = _NotePlaces(parts)
         yield from noted.install()
-        yield from WatchAttention(model, FindImages(noted.find), attended).install()
-        yield from lost_images_guard(core)
+        yield from WatchAttention(parts, FindImages(parts.core, noted.find), attended).install()
+        yield from lost_images_guard(parts)
 
 
 def _per(placed: Placed) -> Per:
@@ -128,14 +128,17 @@ class _PackImages(NotCopyable):
     that method from outside of any `forward`, so the one method is wrapped on the one instance.
 
     Args:
-        core: the model without its head.
+        parts: the parts of the model.
         per: what budgets before the LLM are for.
         newline: what becomes of newline tokens.
         store: where to leave what is known of packed images, for stages inside the LLM; or None.
     """
 
-    def __init__(self, core: Any, per: Per, newline: Newline, store: SignalStore | None) -> None:
-        self.core = core
+    def __init__(
+        self, parts: Anatomy, per: Per, newline: Newline, store: SignalStore | None
+    ) -> None:
+        self.parts = parts
+        self.signature = Signature.of(getattr(parts.core, _ENCODE))
         self.per = per
         self.newline = newline
         self.store = store
@@ -143,10 +146,11 @@ class _PackImages(NotCopyable):
 
     def install(self) -> Iterator[Removable]:
         """Yield the handle."""
-        yield from wrap_method(self.core, "get_image_features", self._encode)
+        yield from wrap_method(self.parts.core, _ENCODE, self._encode)
 
     def _encode(self, call: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
-        packing = _packing(self.core, arguments["image_sizes"])
+        sizes = Call(self.signature, (), dict(arguments)).sizes
+        packing = _packing(self.parts, sizes)
         self._local.packing = packing
         try:
             output = call()
@@ -154,10 +158,12 @@ class _PackImages(NotCopyable):
             del self._local.packing
         if isinstance(output, tuple):  # of a caller's own; the model never takes one back
             return output
+        features: Any = Output(output).features
         if self.newline == "drop":
-            output.pooler_output = _without_newlines(output.pooler_output, packing)
+            features = _without_newlines(features, packing)
+            output = Output(output).replaced(features=features)
         if self.store is not None:
-            self.store.put(output.pooler_output, self._local.known, packing.places)
+            self.store.put(features, self._local.known, packing.places)
         return output
 
     def rows(self) -> Rows:
@@ -171,15 +177,16 @@ class _PackImages(NotCopyable):
         """Take what is known of the images being encoded."""
         self._local.known = signals
 
-    def find(self, ids: Tensor, kwargs: dict[str, Any]) -> Images:
+    def find(self, ids: Tensor, call: Call) -> Images:
         """The images of a call of the whole model."""
-        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        encoded = (call.encoded or {}).get("image")
         if encoded is None:
-            places = _packing(self.core, kwargs["image_sizes"]).places
+            places = _packing(self.parts, call.sizes).places
         else:
             assert self.store is not None
-            places = self.store.places(encoded.pooler_output)
-        return Images.of(ids == self.core.config.image_token_id, places)
+            features: Any = Output(encoded).features
+            places = self.store.places(features)
+        return Images.of(self.parts.placeholders(ids, "image"), places)
 
 
 _PLACES = "tokenprune_places"
@@ -189,24 +196,26 @@ _PLACES = "tokenprune_places"
 class _NotePlaces(NotCopyable):
     """Notes on encoded images which patches they hold, since `generate` hands on no sizes."""
 
-    def __init__(self, core: Any) -> None:
-        self.core = core
+    def __init__(self, parts: Anatomy) -> None:
+        self.parts = parts
+        self.signature = Signature.of(getattr(parts.core, _ENCODE))
 
     def install(self) -> Iterator[Removable]:
         """Yield the handle."""
-        yield from wrap_method(self.core, "get_image_features", self._encode)
+        yield from wrap_method(self.parts.core, _ENCODE, self._encode)
 
     def _encode(self, call: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
         output = call()
         if not isinstance(output, tuple):
-            setattr(output, _PLACES, _packing(self.core, arguments["image_sizes"]).places)
+            sizes = Call(self.signature, (), dict(arguments)).sizes
+            setattr(output, _PLACES, _packing(self.parts, sizes).places)
         return output
 
-    def find(self, ids: Tensor, kwargs: dict[str, Any]) -> Images:
+    def find(self, ids: Tensor, call: Call) -> Images:
         """The images of a call of the whole model."""
-        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        encoded = (call.encoded or {}).get("image")
         if encoded is None:
-            places = _packing(self.core, kwargs["image_sizes"]).places
+            places = _packing(self.parts, call.sizes).places
         else:
             places = getattr(encoded, _PLACES, [])
         if not places:
@@ -215,13 +224,11 @@ class _NotePlaces(NotCopyable):
                 "are from the model's own get_image_features; pass pixel_values, and generate "
                 "without beams"
             )
-        return Images.of(ids == self.core.config.image_token_id, places)
+        return Images.of(self.parts.placeholders(ids, "image"), places)
 
 
-def _packing(core: Any, sizes: Any) -> Packing:
-    vision = core.config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    return Packing.of(core, torch.as_tensor(sizes).cpu(), patches)
+def _packing(parts: Anatomy, sizes: Any) -> Packing:
+    return Packing.of(parts.core, torch.as_tensor(sizes).cpu(), parts.patches)
 
 
 def _without_newlines(features: Any, packing: Packing) -> list[Tensor]:

@@ -1,27 +1,50 @@
-"""What adapters of LLaVA models share: reading configs and towers."""
+"""Parts that adapters of LLaVA models share: checks of configs, towers and outputs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from tokenprune.adapter import NotCopyable, TowerAdapter
+from tokenprune.adapter import NotCopyable, Removable, TowerAdapter
 from tokenprune.budget import Budgeted
 from tokenprune.errors import AttachError, UnsupportedError
 from tokenprune.plugins import registry
 from tokenprune.spec import shown
 from tokenprune.strategy import Stage
 
+from ..hf.anatomy import Anatomy
+from ..hf.names import Output
 from ..marks import marked
 
+PRIVATE = "tokenprune_"
+"""Prefix of the arguments by which our hooks talk to each other."""
 
-def hide_marks(core: nn.Module, args: object, output: Any) -> None:
+
+def hide_marks(core: nn.Module, args: object, output: Any) -> Any:
     """Callers see the features that entered the language model, without marks."""
-    for name in ("image_hidden_states", "video_hidden_states"):
-        features = getattr(output, name, None)
-        if features is not None:
-            setattr(output, name, features[~marked(features)])
+    return Output(output).show(_without_marks)
+
+
+def _without_marks(features: Tensor) -> Tensor:
+    return features[~marked(features)]
+
+
+def keep_private(parts: Anatomy) -> Iterator[Removable]:
+    """Hooks that take our arguments away before a vision tower gets them.
+
+    Models hand arguments that they don't know to the tower as well as to the language model, and
+    from there to attention kernels, some of which check their keywords.
+    """
+    for tower in parts.towers:
+        yield tower.register_forward_pre_hook(_drop_private, with_kwargs=True)
+
+
+def _drop_private(
+    tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {name: given for name, given in kwargs.items() if not name.startswith(PRIVATE)}
 
 
 class SameParts(NotCopyable):
@@ -54,12 +77,12 @@ def tower_adapter(tower: nn.Module) -> TowerAdapter:
     return known.claiming(known.towers, tower, None).factory()
 
 
-def check_select_strategy(core: Any, tower: nn.Module, has_cls: bool) -> None:
-    """The projector must get all patches of a picture, and patches alone."""
-    strategy, supported = core.config.vision_feature_select_strategy, "default"
+def check_select_strategy(parts: Anatomy, has_cls: bool) -> None:
+    """Refuse a model whose projector gets anything but all patches of a picture."""
+    strategy, supported = parts.select_strategy, "default"
     does = "keeps [CLS] among the patches"
     if not has_cls:
-        does, supported = f"drops the first patch of a {type(tower).__name__}", "full"
+        does, supported = f"drops the first patch of a {type(parts.towers[0]).__name__}", "full"
     if strategy != supported:
         raise UnsupportedError(
             f"vision_feature_select_strategy={strategy!r} {does}; only {supported!r} is supported"
@@ -71,16 +94,3 @@ def check_budgets(stages: tuple[Stage, ...]) -> None:
     for step in (step for stage in stages for step in stage.strategy.steps):
         if isinstance(step, Budgeted) and step.per == "frame":
             raise UnsupportedError(f"per='frame' in {shown(step)!r}: this model has no frames")
-
-
-def feature_layer(config: Any) -> int:
-    """Block whose output is the features, Python style; the last of several.
-
-    `vision_feature_layer` indexes hidden states, of which there is one more than blocks: only
-    negative numbers mean the same in both lists.
-    """
-    layer = config.vision_feature_layer
-    layer = layer[-1] if isinstance(layer, (list, tuple)) else layer
-    if layer == 0:
-        raise UnsupportedError("vision_feature_layer=0 reads the embeddings, which no layer scores")
-    return int(layer) if layer < 0 else int(layer) - 1

@@ -17,14 +17,13 @@ from tokenprune.signals import LastQueryAttention, Signal, TextQueryAttention
 from tokenprune.spec import shown
 from tokenprune.strategy import Stage, Strategy
 
+from ..hf.anatomy import Anatomy
+from ..hf.names import Call, Output, calls_of
 from ..llms.images import Images
-from ..llms.inside import QueryAttention, ReduceInside, refuse_candidates
+from ..llms.inside import QueryAttention, ReduceInside, RefuseCandidates
 from ..llms.shorten import IMAGES, ShortenPrompts
 from ..llms.store import SignalStore
-from .parts import SameParts, hide_marks
-
-PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
-"""Names of the arguments that bring pictures."""
+from .parts import SameParts, hide_marks, keep_private
 
 
 def check_placement(model: nn.Module, placement: Placement) -> None:
@@ -73,59 +72,67 @@ class Placed:
         return frozenset(s for s in asked if not isinstance(s, QueryAttention))
 
     def install(
-        self, model: nn.Module, find: FindImages, store: SignalStore, record: Record
+        self, parts: Anatomy, find: FindImages, store: SignalStore, record: Record
     ) -> Iterator[Removable]:
-        """The hooks on the language model of `model`, and what tells it of its images."""
-        core: Any = model.model
-        llm = core.language_model
+        """The hooks on the language model of a model, and what tells it of its images."""
+        core, llm = parts.core, parts.llm
         yield core.register_forward_pre_hook(SameParts(core).before)
         if self.before is not None:
             yield core.register_forward_hook(hide_marks)
         if self.inside:
             yield core.register_forward_pre_hook(find.before, with_kwargs=True)
+            yield from keep_private(parts)
         positions: Positions = "reindexed"
         if self.before is not None:
             assert isinstance(self.before.placement, BeforeLLM)
             positions = self.before.placement.positions
         to_layers = bool(self.inside) or positions == "original"
-        yield from ShortenPrompts(positions, record, tuple(self.inside), to_layers).install(llm)
+        yield from ShortenPrompts(llm, positions, record, tuple(self.inside), to_layers).install()
         if to_layers:
             hooks = ReduceInside(llm, self.inside, store, record)
             yield from hooks.install()
             if hooks.watched:
-                yield model.register_forward_pre_hook(refuse_candidates, with_kwargs=True)
+                hook = RefuseCandidates(parts.model)
+                yield parts.model.register_forward_pre_hook(hook.before, with_kwargs=True)
 
 
 class FindImages(NotCopyable):
     """Tells the language model which slots of a prompt hold image features.
 
     Args:
-        images: makes `Images` from the token ids and the arguments of a call with images.
+        core: the model without its head.
+        images: makes `Images` from the token ids and a call with images.
     """
 
-    def __init__(self, images: Callable[[Tensor, dict[str, Any]], Images]) -> None:
+    def __init__(self, core: nn.Module, images: Callable[[Tensor, Call], Images]) -> None:
+        self.calls = calls_of(core)
         self.images = images
 
     def before(
-        self, core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        ids = args[0] if args else kwargs.get("input_ids")
+        found = self.find(self.calls(args, kwargs))
+        if found is not None:
+            kwargs[IMAGES] = found
+        return args, kwargs
+
+    def find(self, call: Call) -> Images | None:
+        """The images of a call of the model without its head; None where it brings none."""
+        ids = call.ids
         if ids is None:
             raise UnsupportedError(
                 "reduction after a layer finds visual tokens by their placeholders in input_ids; "
                 "pass input_ids instead of inputs_embeds"
             )
-        encoded = kwargs.get("mm_encoder_outputs") or {}
+        encoded = call.encoded or {}
         # A chunk of a prompt comes with nothing but the features that it holds.
-        if any(getattr(each, "last_hidden_state", None) is None for each in encoded.values()):
+        if any(Output(each).last is None for each in encoded.values()):
             raise UnsupportedError(
                 "a stage after a layer needs to see the prompt as a whole; chunked prefill cannot "
                 "be combined with it, drop prefill_chunk_size"
             )
-        pixels = [kwargs[name] for name in PIXELS if kwargs.get(name) is not None]
-        if encoded or any(map(len, pixels)):
-            kwargs[IMAGES] = self.images(ids, kwargs)
-        return args, kwargs
+        pixels = [given for given in (call.pictures, call.videos) if given is not None]
+        return self.images(ids, call) if encoded or any(map(len, pixels)) else None
 
 
 def before_llm(stages: tuple[Stage, ...]) -> Stage | None:

@@ -24,16 +24,21 @@ from tokenprune.signals import (
 from tokenprune.strategy import Stage, Strategy
 
 from ..carry import carried, carry
+from ..hf.anatomy import Anatomy
+from ..hf.checks import Encoders, check_model
+from ..hf.chunked_prefill import lost_images_guard
+from ..hf.names import Call, Signature
 from ..llms.images import Images
-from ..llms.shorten import check_llm
 from ..llms.store import Ids, SignalStore
 from ..projection import ReduceBeforeProjector
 from ..rowing import Rows
-from ..versions import check_transformers, lost_images_guard
 from ..wrapping import wrap_method
-from .parts import check_select_strategy, feature_layer, tower_adapter
+from .parts import check_select_strategy, tower_adapter
 from .placed import FindImages, Placed, check_placement, readable
 from .watched import WatchAttention
+
+_ENCODE = "get_video_features"
+_ENCODERS: Encoders = {"get_image_features": (Call.pixels,), _ENCODE: (Call.videos,)}
 
 
 class VideoLlavaAdapter(ModelAdapter):
@@ -47,44 +52,43 @@ class VideoLlavaAdapter(ModelAdapter):
 
     def provides(self, model: nn.Module, placement: Placement) -> frozenset[type[Signal]]:
         check_placement(model, placement)
-        # Below 5.19 transformers mixes up the videos of expanded prompts, see versions.py.
-        check_transformers(oldest=(5, 19))
-        core: Any = model.model
-        check_llm(core.language_model)
+        parts = Anatomy.of(model)
+        check_model(parts, placement, _ENCODERS)
         # The two towers are made from one config.
-        provided = tower_adapter(core.video_tower).provides(core.video_tower)
-        check_select_strategy(core, core.image_tower, has_cls=ClsAttention in provided)
+        tower = parts.towers[0]
+        provided = tower_adapter(tower).provides(tower)
+        check_select_strategy(parts, has_cls=ClsAttention in provided)
         return readable(placement, provided)
 
     def install(
         self, model: nn.Module, stages: tuple[Stage, ...], record: Record
     ) -> Iterator[Removable]:
-        core: Any = model.model
+        parts = Anatomy.of(model)
         per = _per(stages)
-        placed = Placed.of(stages, core.language_model)
-        store = SignalStore(core.get_input_embeddings().weight.dtype)
-        passes = _Passes(core)
+        placed = Placed.of(stages, parts.llm)
+        store = SignalStore(parts.core.get_input_embeddings().weight.dtype)
+        passes = _Passes(parts)
         if placed.before is not None or placed.inside:
             observation = Observation()
-            for tower in (core.image_tower, core.video_tower):
+            for tower in parts.towers:
                 yield from tower_adapter(tower).install(
-                    tower, placed.of_tower, observation, feature_layer(core.config)
+                    tower, placed.of_tower, observation, parts.feature_layer
                 )
             yield from passes.install(per_video=per == "image")
             later = store.put if placed.inside else None
-            reduce = _ReduceBoth(core, placed.strategy, per, observation, record, passes, later)
+            reduce = _ReduceBoth(parts, placed.strategy, per, observation, record, passes, later)
             yield from reduce.install()
-        find = _FindVisual(core, per)
-        yield from placed.install(model, FindImages(find.images), store, record)
-        yield from lost_images_guard(core)
+        find = FindImages(parts.core, _FindVisual(parts, per).images)
+        yield from placed.install(parts, find, store, record)
+        yield from lost_images_guard(parts)
 
     def watch(self, model: nn.Module, attended: Attended) -> Iterator[Removable]:
         self.provides(model, BeforeLLM())
-        core: Any = model.model
-        yield from _Passes(core).note_frames()
-        find = FindImages(_FindVisual(core, "image").images)
-        yield from WatchAttention(model, find, attended).install()
-        yield from lost_images_guard(core)
+        parts = Anatomy.of(model)
+        yield from _Passes(parts).note_frames()
+        find = FindImages(parts.core, _FindVisual(parts, "image").images)
+        yield from WatchAttention(parts, find, attended).install()
+        yield from lost_images_guard(parts)
 
 
 def _per(stages: tuple[Stage, ...]) -> Per:
@@ -98,15 +102,9 @@ def _per(stages: tuple[Stage, ...]) -> Per:
     return found.pop() if found else "image"
 
 
-def _patches(core: Any) -> int:
-    """Patches of a picture or frame."""
-    vision = core.config.vision_config
-    return int(vision.image_size // vision.patch_size) ** 2
-
-
-def _shown_cls(core: Any) -> int:
+def _shown_cls(parts: Anatomy) -> int:
     """[CLS] tokens that the language model sees of every frame."""
-    return 1 if core.config.vision_feature_select_strategy == "default" else 0
+    return 1 if parts.select_strategy == "default" else 0
 
 
 _FRAMES = "tokenprune_frames"
@@ -121,22 +119,24 @@ class _Passes(NotCopyable):
     wrapped on the one instance.
     """
 
-    def __init__(self, core: Any) -> None:
-        self.core = core
+    def __init__(self, parts: Anatomy) -> None:
+        self.parts = parts
+        self.signature = Signature.of(getattr(parts.core, _ENCODE))
         self._local = threading.local()
 
     def install(self, per_video: bool) -> Iterator[Removable]:
         """Yield the handles."""
-        yield self.core.image_tower.register_forward_pre_hook(self._image)
-        yield self.core.video_tower.register_forward_pre_hook(self._video)
-        yield self.core.register_forward_pre_hook(self._over)
-        yield self.core.register_forward_hook(self._over, always_call=True)
+        pictures, videos = self.parts.towers
+        yield pictures.register_forward_pre_hook(self._image)
+        yield videos.register_forward_pre_hook(self._video)
+        yield self.parts.core.register_forward_pre_hook(self._over)
+        yield self.parts.core.register_forward_hook(self._over, always_call=True)
         if per_video:
             yield from self.note_frames()
 
     def note_frames(self) -> Iterator[Removable]:
         """Yield the handle of what notes on encoded videos how many frames each has."""
-        yield from wrap_method(self.core, "get_video_features", self._encode)
+        yield from wrap_method(self.parts.core, _ENCODE, self._encode)
 
     def _image(self, tower: nn.Module, args: object) -> None:
         self._local.video = False
@@ -171,7 +171,8 @@ class _Passes(NotCopyable):
         return known
 
     def _encode(self, call: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
-        pixels: Tensor = arguments["pixel_values_videos"]
+        pixels = Call(self.signature, (), dict(arguments)).videos
+        assert pixels is not None
         self._local.videos = tuple(pixels.shape[:2])
         try:
             output = call()
@@ -188,7 +189,7 @@ class _Passes(NotCopyable):
         if shape is None:
             raise AttachError("the projector ran outside of the model's own get_video_features")
         videos, frames = shape
-        patches = _patches(self.core)
+        patches = self.parts.patches
         index = torch.arange(videos * frames * patches).reshape(videos, frames * patches)
         return Rows(index, torch.ones_like(index, dtype=torch.bool), patches)
 
@@ -197,29 +198,28 @@ class _FindVisual:
     """Finds pictures, videos and frames in prompts by their placeholders.
 
     Args:
-        core: the model.
+        parts: the parts of the model.
         per: what a budget is for: ``"image"`` or ``"frame"``.
     """
 
-    def __init__(self, core: Any, per: Per) -> None:
-        self.core = core
+    def __init__(self, parts: Anatomy, per: Per) -> None:
+        self.parts = parts
         self.per = per
 
-    def images(self, ids: Tensor, kwargs: dict[str, Any]) -> Images:
+    def images(self, ids: Tensor, call: Call) -> Images:
         """Whatever shares a budget in a batch of prompts, in order."""
-        config = self.core.config
-        encoded = kwargs.get("mm_encoder_outputs") or {}
-        pixels = kwargs.get("pixel_values_videos")
+        encoded = call.encoded or {}
+        pixels = call.videos
         given = pixels is not None or encoded.get("video") is not None
-        video = (ids == config.video_token_id) & given
-        given = any(kwargs.get(name) is not None for name in _PICTURES)
-        picture = (ids == config.image_token_id) & (given or encoded.get("image") is not None)
+        video = self.parts.placeholders(ids, "video") & given
+        given = call.pictures is not None or encoded.get("image") is not None
+        picture = self.parts.placeholders(ids, "image") & given
         placeholders = picture | video
         frames = 1
         if self.per == "image" and (pixels is not None or encoded.get("video") is not None):
             frames = _frames(pixels, encoded.get("video"))
-        patches = torch.arange(_patches(self.core))
-        cls = patches.new_full((_shown_cls(self.core),), -1)
+        patches = torch.arange(self.parts.patches)
+        cls = patches.new_full((_shown_cls(self.parts),), -1)
         each = [torch.cat([cls, patches + frame * len(patches)]) for frame in range(frames)]
         places = []
         of_video = video[placeholders].tolist()
@@ -230,9 +230,6 @@ class _FindVisual:
         if not places:
             return Images.alike(placeholders, 0, len(patches))
         return Images.of(placeholders, places)
-
-
-_PICTURES = ("pixel_values", "pixel_values_images")
 
 
 def _frames(pixels: Tensor | None, encoded: Any) -> int:
@@ -254,7 +251,7 @@ class _ReduceBoth(NotCopyable):
 
     def __init__(
         self,
-        core: Any,
+        parts: Anatomy,
         strategy: Strategy | None,
         per: Per,
         observation: Observation,
@@ -262,10 +259,10 @@ class _ReduceBoth(NotCopyable):
         passes: _Passes,
         later: Callable[[Tensor, Signals], None] | None,
     ) -> None:
-        self.core = core
+        self.projector = parts.projector
         self.record = record
         self.passes = passes
-        self.cls = _shown_cls(core)
+        self.cls = _shown_cls(parts)
         self.later = later
         arrange = passes.per_video if per == "image" else None
         self.pictures = ReduceBeforeProjector(strategy, observation, record, later)
@@ -274,9 +271,8 @@ class _ReduceBoth(NotCopyable):
 
     def install(self) -> Iterator[Removable]:
         """Yield the handles."""
-        projector = self.core.multi_modal_projector
-        yield projector.register_forward_pre_hook(self.before)
-        yield projector.register_forward_hook(self.after)
+        yield self.projector.register_forward_pre_hook(self.before)
+        yield self.projector.register_forward_hook(self.after)
 
     def before(self, projector: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not self.passes.video:

@@ -1,4 +1,4 @@
-"""What the newest token of each prompt attends to, read beside the model's own attention.
+"""Rows of attention of the newest token of each prompt, read beside the model's own attention.
 
 A hook after every decoder layer computes one row: of the prompt's last token while the prompt is
 read, and later of the one token that came. The keys are those that the layer has just cached.
@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from tokenprune.adapter import Attended, NotCopyable, Removable
 from tokenprune.errors import AttachError, UnsupportedError
 
+from ..hf.anatomy import Anatomy
+from ..hf.checks import check_llm
+from ..hf.names import Output, calls_of
 from ..llms.attention import check_layer, query_rows
 from ..llms.cache import check_cache, state_of
 from ..llms.images import Images, Seats
-from ..llms.inside import refuse_candidates
-from ..llms.shorten import IMAGES
+from ..llms.inside import RefuseCandidates
 from .placed import FindImages
 
 
@@ -65,26 +67,29 @@ class WatchAttention(NotCopyable):
     """The hooks on a model and the decoder layers of its language model.
 
     Args:
-        model: with its head.
+        parts: the parts of the model.
         find: tells which slots of a prompt are visual.
         attended: where to note what was attended to.
     """
 
-    def __init__(self, model: Any, find: FindImages, attended: Attended) -> None:
-        self.model = model
+    def __init__(self, parts: Anatomy, find: FindImages, attended: Attended) -> None:
+        self.parts = parts
+        self.calls = calls_of(parts.core)
         self.find = find
         self.attended = attended
         self._local = threading.local()
-        for layer in model.model.language_model.layers:
+        check_llm(parts.llm)
+        for layer in parts.layers:
             check_layer(layer)
 
     def install(self) -> Iterator[Removable]:
         """Yield the handles."""
-        core = self.model.model
-        yield self.model.register_forward_pre_hook(refuse_candidates, with_kwargs=True)
+        core, model = self.parts.core, self.parts.model
+        refuse = RefuseCandidates(model)
+        yield model.register_forward_pre_hook(refuse.before, with_kwargs=True)
         yield core.register_forward_pre_hook(self._before, with_kwargs=True)
-        for number, layer in enumerate(core.language_model.layers):
-            hook = _AfterLayer(self, number)
+        for number, layer in enumerate(self.parts.layers):
+            hook = _AfterLayer(self, layer, number)
             yield layer.register_forward_hook(hook.after, with_kwargs=True)
         yield core.register_forward_hook(self._after, always_call=True)
 
@@ -96,9 +101,10 @@ class WatchAttention(NotCopyable):
 
     def _before(self, core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._local.running = None
-        images: Images | None = self.find.before(core, args, dict(kwargs))[1].get(IMAGES)
-        ids: Tensor = args[0] if args else kwargs["input_ids"]
-        cache = kwargs.get("past_key_values")
+        call = self.calls(args, kwargs)
+        images = self.find.find(call)
+        ids, cache = call.ids, call.cache
+        assert ids is not None
         past = 0 if cache is None else int(cache.get_seq_length())
         seats = None if images is None else images.seats()
         if seats is not None and seats.index.shape[1]:
@@ -121,7 +127,7 @@ class WatchAttention(NotCopyable):
                 f"a pass of {ids.shape[0]} rows continues {prompts.batch} prompts; generate "
                 "without beams"
             )
-        valid = _valid(kwargs.get("attention_mask"), ids, past)
+        valid = _valid(call.mask, ids, past)
         numbers = torch.arange(ids.shape[1], device=ids.device)
         real = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid[:, past:]
         query = torch.where(real, numbers, -1).amax(1, keepdim=True).clamp(min=0)
@@ -136,7 +142,7 @@ class WatchAttention(NotCopyable):
         running = self.running
         self._local.running = None
         if running is not None and output is not None:  # None after an exception
-            if state_of(getattr(output, "past_key_values", None)) is not None:
+            if state_of(Output(output).cache) is not None:
                 raise _shortened()
             device = self.attended.places.device
             self.attended.step(torch.stack([each.to(device) for each in running.rows], dim=1))
@@ -145,8 +151,9 @@ class WatchAttention(NotCopyable):
 class _AfterLayer(NotCopyable):
     """The hook after one decoder layer."""
 
-    def __init__(self, watch: WatchAttention, number: int) -> None:
+    def __init__(self, watch: WatchAttention, layer: nn.Module, number: int) -> None:
         self.watch = watch
+        self.calls = calls_of(layer)
         self.number = number
 
     @torch.no_grad()
@@ -156,16 +163,15 @@ class _AfterLayer(NotCopyable):
         running = self.watch.running
         if running is None:
             return
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        cache = kwargs.get("past_key_values")
+        call = self.calls(args, kwargs)
+        hidden, cache = call.hidden, call.cache
         check_cache(cache)
         if hidden.shape[1] != running.slots:
             raise _shortened()
         keys = None if cache is None else cache.layers[self.number].keys
         if keys is None and running.past:
             raise UnsupportedError("a pass continues prompts, but its layers got no cache")
-        rotary = kwargs["position_embeddings"]
-        rows = query_rows(layer, hidden, rotary, running.query, running.valid, keys)
+        rows = query_rows(layer, hidden, call.rotary, running.query, running.valid, keys)
         row, column = (
             each.to(rows.device) for each in (running.prompts.row, running.prompts.column)
         )

@@ -21,6 +21,7 @@ from tokenprune.signals import (
     Signal,
 )
 
+from ..hf.names import calls_of
 from .projections import Projections
 from .taps import Reading, read_block
 
@@ -59,7 +60,7 @@ class SiglipTowerAdapter(_EncoderTower):
 
 
 def _inner(tower: nn.Module) -> Any:
-    """What has the layers: transformers < 5.6 nests a tower once more."""
+    """What has the layers."""
     return getattr(tower, "vision_model", tower)
 
 
@@ -82,6 +83,7 @@ class _Taps(NotCopyable):
         prefix: int,
     ) -> None:
         self.tower = tower
+        self.calls = calls_of(tower)
         self.layers: Any = _inner(tower).encoder.layers
         self.observation = observation
         self.prefix = prefix
@@ -110,7 +112,7 @@ class _Taps(NotCopyable):
                     "attached or observed (adapters put in or merged?), so its attention would be "
                     "read without what changed; detach first, and attach again"
                 )
-        self.reading.begin(kwargs["pixel_values"] if "pixel_values" in kwargs else args[0])
+        self.reading.begin(self.calls(args, kwargs).pixels)
 
     def features(self, layer: nn.Module, args: object, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output

@@ -26,7 +26,7 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 
 from tokenprune.spec import shown
 
-from ..models.parts import feature_layer
+from ..hf.anatomy import feature_layer
 from .served import KEY, Served, check_engine
 from .tower import ClipTaps
 

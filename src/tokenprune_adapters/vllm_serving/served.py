@@ -21,7 +21,8 @@ from tokenprune.spec import parse_schedule, shown
 from tokenprune.strategy import Reducer, Stage, Strategy
 from tokenprune.tokens import VisualTokens
 
-from ..models.parts import check_budgets, feature_layer
+from ..hf.anatomy import feature_layer
+from ..models.parts import check_budgets
 from ..towers.taps import layers_of
 
 ARCHITECTURE = "TokenpruneLlavaForConditionalGeneration"

@@ -16,7 +16,6 @@ import tokenprune
 from support.inside_oracle import Cut, Recompute, evict, greedy
 from support.llava import BOS, IMAGE, PATCHES, Row, collate, generate, picture, prompts, tiny_llava
 from tokenprune import AttachError, MissingSignalError, UnsupportedError
-from tokenprune_adapters.versions import VERSION
 
 POSITIONS = pytest.mark.parametrize("positions", ["original", "reindexed"])
 CUTS = ((1, 9, "cls"), (2, 4, "last"))
@@ -306,7 +305,6 @@ def test_embeddings_without_ids_are_refused(llava: Any) -> None:
         model(**inputs, inputs_embeds=embeds)
 
 
-@pytest.mark.skipif(VERSION < (5, 18), reason="forward takes no encoder outputs there")
 @torch.no_grad()
 def test_features_of_unknown_origin(llava: Any) -> None:
     """Scores of the tower are refused for them; the LLM's own attention needs none."""

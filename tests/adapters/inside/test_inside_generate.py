@@ -19,13 +19,11 @@ from support.flash import flash_attention
 from support.inside_oracle import Cut, Recompute, evict, follow, greedy
 from support.llava import BOS, PATCHES, Answer, Row, collate, generate, picture, prompts, tiny_llava
 from tokenprune import UnsupportedError
-from tokenprune_adapters.versions import VERSION
 
 TOLERANCE = 1e-5  # of float32 logits around 10
 POSITIONS = ["original", "reindexed"]
 SPECS = {"last": "fastv", "text": "fastv(queries='text')", "cls": "cls-attention"}
 # Below 5.19 transformers itself mixes up the images of a prompt with several when it expands.
-EXPANDABLE = prompts() if VERSION >= (5, 19) else [prompts()[0], prompts()[2]]
 
 
 def close(got: Tensor, wanted: Tensor) -> None:
@@ -207,19 +205,19 @@ def test_an_image_at_the_end_of_a_prompt(llava: Any) -> None:
 
 def test_sampling_follows_the_oracle(llava: Any) -> None:
     model = llava()
-    batch = [row for row in EXPANDABLE for _ in range(2)]
+    batch = [row for row in prompts() for _ in range(2)]
 
     def choose(logits: Tensor) -> Tensor:
         return torch.multinomial((logits / 1.5).softmax(-1), 1)[:, 0]
 
     options = {"do_sample": True, "num_return_sequences": 2, "temperature": 1.5, "top_k": 0}
     torch.manual_seed(7)
-    answer = reduced(model, spec(4), batch=EXPANDABLE, **options)
+    answer = reduced(model, spec(4), batch=prompts(), **options)
     torch.manual_seed(7)
     text, logits = follow(model, batch, [Cut(2, evict(4))], 5, choose)
     assert torch.equal(answer.text, text)
     close(answer.logits, logits)
-    assert len({tuple(row) for row in text.tolist()}) > len(EXPANDABLE)  # it did sample
+    assert len({tuple(row) for row in text.tolist()}) > len(prompts())  # it did sample
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -241,12 +239,12 @@ def test_beams(llava: Any, attention: str, positions: str, first: int | None) ->
         "output_scores": True,
     }
     with tokenprune.attach(model, *stages):
-        out = model.generate(**collate(EXPANDABLE), **options)
-        single = [model.generate(**collate([row]), **options) for row in EXPANDABLE]
+        out = model.generate(**collate(prompts()), **options)
+        single = [model.generate(**collate([row]), **options) for row in prompts()]
     text = out.sequences[:, -5:]
     assert torch.equal(text, torch.cat([each.sequences[:, -5:] for each in single]))
     close(out.sequences_scores, torch.cat([each.sequences_scores for each in single]))
-    for number, row in enumerate(EXPANDABLE):
+    for number, row in enumerate(prompts()):
         recompute = Recompute(model, row, cuts, before=first, positions=positions)
         recompute.logits([])
         for beam in (2 * number, 2 * number + 1):
@@ -397,7 +395,6 @@ def test_prompt_lookup_is_refused_where_the_prompt_has_no_end(llava: Any, by: st
         model.generate(**collate([row]), max_new_tokens=4, eos_token_id=999, **LOOKUP)
 
 
-@pytest.mark.skipif(VERSION < (5, 18), reason="before 5.18 chunks cannot hold images at all")
 @pytest.mark.parametrize("by", ["last", "cls"])
 def test_chunked_prefill_is_refused(llava: Any, by: str) -> None:
     """Also where chunks hold whole images: the end of a chunk is not the end of the prompt."""

@@ -22,7 +22,6 @@ from tokenprune_adapters import layout
 from tokenprune_adapters.llms import attention, inside, segment, shorten, store
 from tokenprune_adapters.llms.cache import ShortenedLayer
 from tokenprune_adapters.llms.images import Images, Seats
-from tokenprune_adapters.versions import VERSION
 
 Error: TypeAlias = Callable[[Any], float]
 """How far an attached model is from the oracle; infinite where the text differs."""
@@ -109,7 +108,7 @@ def scores(model: Any) -> float:
 def beams(model: Any) -> float:
     """Rows of the cache change places, in every layer."""
     # Below 5.19 beams of a prompt with several images are refused.
-    row = [prompts()[1 if VERSION >= (5, 19) else 0]]
+    row = [prompts()[1]]
     options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 5, "eos_token_id": None}
     options |= {"do_sample": False, "return_dict_in_generate": True, "output_scores": True}
     recompute = Recompute(model, row[0], [Cut(2, evict(4))])

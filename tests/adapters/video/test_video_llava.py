@@ -27,6 +27,7 @@ from transformers import (
 import tokenprune
 from support.flash import flash_attention
 from support.llava import BOS, PAD, Answer, generate, picture
+from support.outputs import shown_features
 from support.video_llava import (
     FRAMES,
     PATCHES,
@@ -53,12 +54,9 @@ from tokenprune import (
     UnsupportedError,
     VisualTokens,
 )
-from tokenprune_adapters import versions
-from tokenprune_adapters.versions import VERSION
-
-pytestmark = pytest.mark.skipif(
-    VERSION < (5, 19), reason="below 5.19 the adapter refuses: transformers mixes up videos there"
-)
+from tokenprune_adapters.hf import chunked_prefill
+from tokenprune_adapters.hf.anatomy import Anatomy
+from tokenprune_adapters.hf.chunked_prefill import VERSION
 
 STEPS = 5
 _shared = lru_cache(tiny_video_llava)
@@ -444,11 +442,11 @@ def test_features_of_an_output_are_those_that_entered(model: Any) -> None:
     vanilla = model(**collate([prompt]))
     with tokenprune.attach(model, spec(5)):
         output = model(**collate([prompt]))
-    pictures = vanilla.image_hidden_states.reshape(2, PATCHES, -1)
+    pictures = shown_features(vanilla).reshape(2, PATCHES, -1)
     parts = [part for part in prompt.visual if part.ndim == 3]
     wanted = [f[kept(model, part, 5)] for f, part in zip(pictures, parts, strict=True)]
-    close(output.image_hidden_states, torch.cat(wanted))
-    frames = vanilla.video_hidden_states.reshape(FRAMES, PATCHES + 1, -1)
+    close(shown_features(output).flatten(0, -2), torch.cat(wanted))
+    frames = shown_features(vanilla, "video").reshape(FRAMES, PATCHES + 1, -1)
     which = kept(model, prompt.visual[1], 5)
     slots = [
         frame * (PATCHES + 1) + slot
@@ -456,7 +454,7 @@ def test_features_of_an_output_are_those_that_entered(model: Any) -> None:
         for slot in range(PATCHES + 1)
         if slot == 0 or frame * PATCHES + slot - 1 in which
     ]
-    close(output.video_hidden_states, frames.flatten(0, 1)[slots])
+    close(shown_features(output, "video").flatten(0, -2), frames.flatten(0, 1)[slots])
 
 
 def test_gradients_reach_the_kept_patches_of_both_towers(model: Any) -> None:
@@ -609,19 +607,14 @@ def test_calls_that_cannot_be_served(
     assert torch.equal(generate(model, collate(prompts()), 1).logits, vanilla.logits)
 
 
-def test_old_transformers_are_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "VERSION", (5, 18))
-    with pytest.raises(UnsupportedError, match=r"install transformers>=5\.19,<6"):
-        tokenprune.attach(model, spec(4))
-
-
 @pytest.mark.parametrize(("row", "lost"), [(0, "images"), (1, "videos")])
 def test_placeholders_without_what_they_stand_for(model: Any, row: int, lost: str) -> None:
     """The guard of versions that lose videos, in every version."""
+    guard = chunked_prefill.RefuseLostImages(Anatomy.of(model))
     inputs = collate(prompts()[row : row + 1])
     call = {"input_ids": inputs["input_ids"], "past_key_values": DynamicCache()}
     with pytest.raises(UnsupportedError, match=f"placeholders came without their {lost}"):
-        versions._refuse_lost_images(model.model, (), call)
-    versions._refuse_lost_images(model.model, (), call | inputs)
+        guard.before(model.model, (), call)
+    guard.before(model.model, (), call | inputs)
     encoded = {"mm_encoder_outputs": {lost[:-1]: object()}}
-    versions._refuse_lost_images(model.model, (), call | encoded)
+    guard.before(model.model, (), call | encoded)

@@ -31,11 +31,7 @@ from support.video_llava import (
     video,
 )
 from tokenprune import MissingSignalError, UnsupportedError
-from tokenprune_adapters.versions import VERSION
-
-pytestmark = pytest.mark.skipif(
-    VERSION < (5, 19), reason="below 5.19 the adapter refuses: transformers mixes up videos there"
-)
+from tokenprune_adapters.hf.chunked_prefill import VERSION
 
 STEPS = 5
 POSITIONS = pytest.mark.parametrize("positions", ["original", "reindexed"])

@@ -1,0 +1,116 @@
+"""Anatomy of a model of transformers: its parts by role, and what its config says of pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.errors import UnsupportedError
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """Parts of a whole model, by role. Nothing here depends on its class.
+
+    Attributes:
+        model: the whole model, including its LM head.
+        core: the model without its head, which puts image features among the embeddings.
+        llm: the language model, which gets embeddings.
+        towers: vision towers; all of them share one config.
+        projector: maps features of the towers to the width of the language model.
+    """
+
+    model: nn.Module
+    core: Any
+    llm: Any
+    towers: tuple[nn.Module, ...]
+    projector: nn.Module
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Anatomy:
+        """The parts of `model`.
+
+        Raises:
+            UnsupportedError: a part is not where transformers keeps it.
+        """
+        core = _part(model, "core", "model")
+        llm = _part(core, "language model", "language_model")
+        _part(llm, "decoder layers", "layers")
+        projector = _part(core, "projector", "multi_modal_projector")
+        names = ("vision_tower", "image_tower", "video_tower")
+        towers = tuple(getattr(core, name) for name in names if hasattr(core, name))
+        if not towers:
+            raise _missing(core, "vision tower", names)
+        return cls(model, core, llm, towers, projector)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers of the language model."""
+        layers: nn.ModuleList = self.llm.layers
+        return layers
+
+    @property
+    def patches(self) -> int:
+        """Patches of a picture, a crop or a frame."""
+        vision = self.core.config.vision_config
+        return int(vision.image_size // vision.patch_size) ** 2
+
+    def placeholders(self, ids: Tensor, kind: Literal["image", "video"]) -> Tensor:
+        """Which of the token ids stand for features of pictures or of videos, as bool."""
+        token = getattr(self.core.config, f"{kind}_token_id", None)
+        return torch.zeros_like(ids, dtype=torch.bool) if token is None else ids.eq(token)
+
+    @property
+    def select_strategy(self) -> str:
+        """``"default"`` where the first token of the tower is left out, ``"full"`` where not."""
+        return str(self.core.config.vision_feature_select_strategy)
+
+    @property
+    def feature_layer(self) -> int:
+        """Block whose output is the features, Python style; the last of several."""
+        return feature_layer(self.core.config)
+
+
+def feature_layer(config: Any) -> int:
+    """Block whose output is the features by the config of a model; the last of several.
+
+    The config indexes hidden states, of which there is one more than blocks: only negative numbers
+    mean the same in both lists.
+    """
+    layer = config.vision_feature_layer
+    layer = layer[-1] if isinstance(layer, (list, tuple)) else layer
+    if layer == 0:
+        raise UnsupportedError("vision_feature_layer=0 reads the embeddings, which no layer scores")
+    return int(layer) if layer < 0 else int(layer) - 1
+
+
+def attention_of(llm: nn.Module) -> str:
+    """Name of the attention implementation that a language model is set to."""
+    config: Any = llm.config
+    return str(config._attn_implementation)
+
+
+def has_windows(llm: nn.Module) -> str:
+    """Kinds of decoder layers that attend to a window; empty if there are none."""
+    config: Any = llm.config
+    kinds = set(getattr(config, "layer_types", None) or ())
+    windowed = getattr(config, "sliding_window", None) and getattr(
+        config, "use_sliding_window", True
+    )
+    if kinds - {"full_attention"} or (not kinds and windowed):
+        return ", ".join(sorted(kinds)) or "sliding_window"
+    return ""
+
+
+def _part(owner: Any, role: str, name: str) -> Any:
+    part = getattr(owner, name, None)
+    if part is None:
+        raise _missing(owner, role, (name,))
+    return part
+
+
+def _missing(owner: Any, role: str, names: tuple[str, ...]) -> UnsupportedError:
+    return UnsupportedError(f"{type(owner).__name__} has no {role} (looked for {', '.join(names)})")

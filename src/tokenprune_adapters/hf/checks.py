@@ -1,0 +1,92 @@
+"""Checks when attaching: the version of transformers, and the arguments that its modules take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from tokenprune.errors import UnsupportedError
+from tokenprune.placement import AfterLayer, Placement
+from tokenprune.versions import library
+
+from .anatomy import Anatomy, has_windows
+from .names import Argument, Call, Signature
+
+_CORE = (Call.ids, Call.embeds, Call.mask, Call.positions, Call.cache, Call.encoded)
+_LLM = (Call.embeds, Call.mask, Call.positions, Call.cache)
+_LAYER = (Call.hidden, Call.mask, Call.positions, Call.rotary, Call.cache)
+_TOWER = (Call.pixels,)
+
+Encoders = Mapping[str, tuple[Argument[Any], ...]]
+"""Methods of the core that encode pictures, with the arguments that are read of their calls."""
+
+
+def check_transformers() -> None:
+    """Refuse releases of transformers that are older than those tested."""
+    transformers = library("transformers")
+    if transformers.is_older:
+        raise UnsupportedError(
+            f"transformers {transformers.found} is not supported; install "
+            f"'{transformers.requirement}'"
+        )
+
+
+def check_model(parts: Anatomy, placement: Placement, encoders: Encoders) -> None:
+    """Refuse a model whose modules do not take what the hooks pass and read.
+
+    Args:
+        parts: the model's.
+        placement: where a stage is to act.
+        encoders: methods of the core that encode pictures.
+
+    Raises:
+        UnsupportedError: an argument is missing, or some decoder layers attend to a window. The
+            message has the version that was found, and those that were tested.
+    """
+    check_transformers()
+    _check(parts.core, _CORE)
+    check_llm(parts.llm, layers=isinstance(placement, AfterLayer))
+    for tower in parts.towers:
+        _check(tower, _TOWER)
+    for name, wanted in encoders.items():
+        method = getattr(parts.core, name, None)
+        if method is None:
+            raise UnsupportedError(f"{type(parts.core).__name__} has no {name}{_versions()}")
+        _check(method, wanted)
+
+
+def check_llm(llm: nn.Module, layers: bool = True) -> None:
+    """Refuse a language model that cannot be shortened from outside.
+
+    Args:
+        llm: the language model.
+        layers: whether its decoder layers get other arguments, too.
+    """
+    _check(llm, _LLM)
+    windows = has_windows(llm)
+    if windows:
+        raise UnsupportedError(
+            f"{type(llm).__name__} has {windows} layers, "
+            "whose windows would count kept tokens only; only full attention is supported"
+        )
+    if layers:
+        found: Any = llm.layers
+        for kind in {type(layer): layer for layer in found}.values():
+            _check(kind, _LAYER)
+
+
+def _check(called: nn.Module | Callable[..., Any], wanted: Iterable[Argument[Any]]) -> None:
+    signature = Signature.of(called)
+    missing = signature.missing(*wanted)
+    if missing:
+        raise UnsupportedError(f"{signature.what} does not take {', '.join(missing)}{_versions()}")
+
+
+def _versions() -> str:
+    known = library("transformers")
+    return (
+        f"; found transformers {known.found}, tested {known.oldest} to {known.newest}: install "
+        f"'{known.requirement}', and see `tokenprune doctor`"
+    )
