@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +106,17 @@ def test_a_checkpoint_on_which_the_adapter_fails(
     assert "Do not use tokenprune with LlavaForConditionalGeneration here" in said
 
 
+def test_without_the_libraries_nothing_fails() -> None:
+    code = (
+        "import sys; sys.modules.update(transformers=None, open_clip=None)\n"
+        "from tokenprune.cli import main; main(['doctor', '--json'])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    outcomes = {each["model"]: each["outcome"] for each in json.loads(ran.stdout)["comparisons"]}
+    assert outcomes[LLAVA] == outcomes["TimmModel of open_clip"] == "not installed"
+
+
 def found(*outcomes: str, notes: str = "", **changes: Any) -> Examination:
     versions = (
         Version("transformers", "5.30.0", "5.19 to 5.24", notes, "transformers>=5.19,<5.25"),
@@ -126,6 +139,7 @@ HALF = {"dtype": "bfloat16", "checkpoint": "here"}
             "All 2 comparisons agree with vanilla runs by hand, on versions that were never tested "
             "(transformers 5.30.0), too.",
         ),
+        (["ok"], {}, "The comparison agrees with vanilla runs by hand."),
         (["not installed"], {}, "Nothing was compared, because no library of a supported model is"),
         (
             ["failed", "unclear"],

@@ -15,6 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from tokenprune import Evict, Plan
 from tokenprune.doctor import Answer, Cut, Questions, Trial, examine
 from tokenprune.plugins import Registry
+from tokenprune_adapters.hf import checks
+from tokenprune_adapters.hf.names import Call
 from tokenprune_adapters.llms import inside, segment, shorten
 from tokenprune_adapters.models.llava import LlavaAdapter
 
@@ -94,6 +96,21 @@ def an_argument_of_the_cache_renamed(patch: Patch) -> None:
     patch.setattr(LlamaModel, "forward", forward)
 
 
+def wrong_name_of_the_cache_in_the_wall(patch: Patch) -> None:
+    patch.setattr(Call.cache, "names", ("kv_cache",))
+
+
+def cache_never_read(patch: Patch) -> None:
+    """The silent kind: nothing checks, and what is read is None."""
+    patch.setattr(Call.cache, "names", ("kv_cache",))
+    patch.setattr(checks, "_check", lambda *args: None)
+
+
+def wrong_name_of_the_mask_and_no_check(patch: Patch) -> None:
+    patch.setattr(Call.mask, "names", ("masking",))
+    patch.setattr(checks, "_check", lambda *args: None)
+
+
 def adapter_that_raises(patch: Patch) -> None:
     def install(self: Any, *args: Any) -> Iterator[Any]:
         raise KeyError("hidden_states")
@@ -115,6 +132,12 @@ FAULTS: dict[Callable[[Patch], None], dict[str, str]] = {
         BEFORE: "UnsupportedError: LlamaModel does not take",
         INSIDE: "UnsupportedError: LlamaModel does not take",
     },
+    wrong_name_of_the_cache_in_the_wall: {
+        BEFORE: "UnsupportedError: LlavaModel does not take kv_cache",
+        INSIDE: "UnsupportedError: LlavaModel does not take kv_cache",
+    },
+    cache_never_read: {BEFORE: "this KV cache belongs", INSIDE: "this KV cache belongs"},
+    wrong_name_of_the_mask_and_no_check: {BEFORE: "logits differ by", INSIDE: "RuntimeError: "},
     adapter_that_raises: {BEFORE: "KeyError: 'hidden_states'", INSIDE: "KeyError: 'hidden_states'"},
     nothing_attached: {BEFORE: "logits differ by", INSIDE: "logits differ by"},
 }

@@ -124,7 +124,8 @@ def verdict(found: Examination) -> str:
         )
     if not found.failed:
         there = f", on versions that were never tested ({untested}), too" if untested else ""
-        return f"All {len(made)} comparisons agree with vanilla runs by hand{there}."
+        agree = f"All {len(made)} comparisons agree" if len(made) > 1 else "The comparison agrees"
+        return f"{agree} with vanilla runs by hand{there}."
     outcomes = {each.outcome for each in found.failed}
     if outcomes == {"refused"} and found.checkpoint:
         return "What is refused cannot be done with this model; the reason is above."
