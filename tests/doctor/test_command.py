@@ -162,6 +162,18 @@ def test_the_last_sentence(outcomes: list[str], changes: dict[str, str], words: 
     assert verdict(found(*outcomes, **changes)).startswith(words)
 
 
+def test_python_is_not_for_pip_to_install() -> None:
+    made = found("failed", **NEWER)
+    newer = Version("python", "3.15.1", "3.11 to 3.13", "newer than tested", "python>=3.11,<3.14")
+    made = replace(made, versions=(newer, *made.versions))
+    wanted = (
+        "install tested versions: Python 3.11 to 3.13, pip install 'transformers>=5.19,<5.25'; "
+    )
+    assert wanted in verdict(made)
+    alone = verdict(replace(made, versions=(newer,)))
+    assert "install tested versions: Python 3.11 to 3.13; if it" in alone
+
+
 def test_an_error_in_half_precision_is_no_rounding() -> None:
     made = found("failed", **HALF)
     made = replace(made, comparisons=(replace(made.comparisons[0], gap=None),))

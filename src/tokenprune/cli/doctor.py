@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -13,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from ..doctor import Comparison, Examination, examine, examine_model
+from ..doctor import Comparison, Examination, Version, examine, examine_model
 from ..jsonable import jsonable
 from .console import console, table
 from .loading import load_model, quiet
@@ -137,7 +138,13 @@ def verdict(found: Examination) -> str:
         return f"In {found.dtype} rounding may be the reason; compare with --dtype float32."
     todo = "please report it with the output of `tokenprune doctor --json`"
     if untested:
-        wanted = " ".join(f"'{each.requirement}'" for each in found.untested)
-        todo = f"install tested versions: pip install {wanted}; if it still fails, {todo}"
+        todo = f"install tested versions: {_wanted(found.untested)}; if it still fails, {todo}"
     names = ", ".join(dict.fromkeys(each.model for each in found.failed))
     return f"Do not use tokenprune with {names} here; {todo}."
+
+
+def _wanted(untested: Sequence[Version]) -> str:
+    """How to get tested versions; Python is not pip's to install."""
+    python = [f"Python {each.tested}" for each in untested if each.name == "python"]
+    others = " ".join(f"'{each.requirement}'" for each in untested if each.name != "python")
+    return ", ".join([*python, *[f"pip install {others}"] * bool(others)])
