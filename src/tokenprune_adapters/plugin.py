@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tokenprune.adapter import ModelAdapter, TowerAdapter
+from tokenprune.doctor import Trial
 from tokenprune.plugins import ModelPlugin, TowerPlugin, hookimpl
 
 
@@ -50,6 +51,30 @@ def _open_clip_visual() -> ModelAdapter:
     return OpenClipVisualAdapter()
 
 
+def _llava_trials() -> Iterable[Trial]:
+    from .trials.llava import trials
+
+    return trials()
+
+
+def _llava_next_trials() -> Iterable[Trial]:
+    from .trials.llava_next import trials
+
+    return trials()
+
+
+def _video_llava_trials() -> Iterable[Trial]:
+    from .trials.video_llava import trials
+
+    return trials()
+
+
+def _open_clip_trials() -> Iterable[Trial]:
+    from .trials.open_clip import trials
+
+    return trials()
+
+
 _OPEN_CLIP = (
     "open_clip.transformer.VisionTransformer",
     "open_clip.timm_model.TimmModel",
@@ -87,12 +112,14 @@ def tokenprune_models() -> Iterable[ModelPlugin]:
         "LLaVA-1.5 of transformers, before the LLM and after its layers",
         _llava,
         ("transformers.models.llava.modeling_llava.LlavaForConditionalGeneration",),
+        _llava_trials,
     )
     yield ModelPlugin(
         "hf-llava-next",
         "LLaVA-NeXT of transformers (any resolution), before the LLM and after its layers",
         _llava_next,
         ("transformers.models.llava_next.modeling_llava_next.LlavaNextForConditionalGeneration",),
+        _llava_next_trials,
     )
     yield ModelPlugin(
         "hf-video-llava",
@@ -102,10 +129,12 @@ def tokenprune_models() -> Iterable[ModelPlugin]:
             "transformers.models.video_llava.modeling_video_llava."
             "VideoLlavaForConditionalGeneration",
         ),
+        _video_llava_trials,
     )
     yield ModelPlugin(
         "open-clip-visual",
         "model.visual of open_clip, after blocks: encode_image itself gets faster",
         _open_clip_visual,
         _OPEN_CLIP,
+        _open_clip_trials,
     )

@@ -11,6 +11,7 @@ import pytest
 import typer
 
 import tokenprune.bench
+import tokenprune.doctor
 import tokenprune.testing
 import tokenprune_adapters.pocket
 from support.markdown import ROOT, blocks, links, name, pages
@@ -57,7 +58,13 @@ def test_readme_names_both_set_up_commands() -> None:
 
 @pytest.mark.parametrize(
     "package",
-    [tokenprune, tokenprune.testing, tokenprune.bench, tokenprune_adapters.pocket],
+    [
+        tokenprune,
+        tokenprune.testing,
+        tokenprune.bench,
+        tokenprune.doctor,
+        tokenprune_adapters.pocket,
+    ],
     ids=lambda package: package.__name__,
 )
 def test_every_public_name_is_in_the_reference(package: ModuleType) -> None:

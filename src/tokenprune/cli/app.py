@@ -143,6 +143,24 @@ def demo_command(
     demo(out, seed, runs)
 
 
+@app.command("doctor")
+def doctor_command(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Compare a checkpoint of yours: pocket, folder, or a name on the hub."),
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Everything as JSON, for bug reports.")
+    ] = False,
+    device: Device = "auto",
+    dtype: DType = "auto",
+) -> None:
+    """Compare every supported model, compressed, with vanilla runs; exits with 1 if they differ."""
+    from .doctor import Request, run_doctor
+
+    run_doctor(Request(model, json, device, dtype))
+
+
 @app.command("picture")
 def picture_command(
     model: Model = "pocket",

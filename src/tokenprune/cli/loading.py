@@ -53,6 +53,12 @@ class Loaded:
 
 
 def load(path: str, device: str, dtype: str) -> Loaded:
+    """Load a checkpoint and its processor; see `load_model` for the arguments."""
+    processor = _read("AutoProcessor", path)
+    return Loaded(load_model(path, device, dtype), processor)
+
+
+def load_model(path: str, device: str, dtype: str) -> PreTrainedModel:
     """Load a checkpoint that transformers can read.
 
     Args:
@@ -60,6 +66,23 @@ def load(path: str, device: str, dtype: str) -> Loaded:
         device: of the model; "auto" is the GPU where there is one.
         dtype: name of a torch dtype; "auto" is as stored, but float32 for halves on a CPU.
     """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise CommandError(f"unknown dtype {dtype!r}; try float32, bfloat16 or float16")
+    model: PreTrainedModel = _read("AutoModelForImageTextToText", path, dtype=dtype)
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it has no CUDA
+        first = str(error).strip().partition("\n")[0]
+        raise CommandError(f"cannot use device {device!r}: {first}") from error
+    if dtype == "auto" and device == "cpu" and model.dtype == torch.float16:
+        model = model.float()  # half precision is emulated, slowly, on most CPUs
+    return model.eval()
+
+
+def _read(kind: str, path: str, **options: str) -> Any:
+    """What the class `kind` of transformers reads at `path`."""
     try:
         import transformers
     except ImportError as error:
@@ -69,26 +92,12 @@ def load(path: str, device: str, dtype: str) -> Loaded:
     quiet()
     if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
         raise CommandError(f"there is no folder {path}; give a checkpoint's folder or a hub name")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise CommandError(f"unknown dtype {dtype!r}; try float32, bfloat16 or float16")
-    known: Any = transformers
     path = str(Path(path).expanduser()) if path.startswith("~") else path
     try:
-        processor = known.AutoProcessor.from_pretrained(path)
-        model = known.AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        return getattr(transformers, kind).from_pretrained(path, **options)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().partition("\n")[0]
         raise CommandError(f"cannot load a model from {path!r}: {first}") from error
-    try:
-        model = model.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts where it has no CUDA
-        first = str(error).strip().partition("\n")[0]
-        raise CommandError(f"cannot use device {device!r}: {first}") from error
-    if dtype == "auto" and device == "cpu" and model.dtype == torch.float16:
-        model = model.float()  # half precision is emulated, slowly, on most CPUs
-    return Loaded(model.eval(), processor)
 
 
 def open_picture(path: Path) -> Image.Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from ..errors import PluginError
 
 if TYPE_CHECKING:
     from ..adapter import ModelAdapter, TowerAdapter
+    from ..doctor.trial import Trial
     from ..strategy import Reducer, Scorer
 
 _KEBAB = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
@@ -73,10 +74,18 @@ class TowerPlugin(Plugin):
 
 @dataclass(frozen=True)
 class ModelPlugin(Plugin):
-    """Offers an adapter for whole models; see `TowerPlugin` for the fields."""
+    """Offers an adapter for whole models.
+
+    Attributes:
+        factory: makes the adapter; may import what it needs.
+        claims: full names of classes, matched against the MRO of a model, nearest class first.
+        trials: makes tiny models for `tokenprune doctor`; must import no model library itself.
+            All of them can question any model that is claimed.
+    """
 
     factory: Callable[[], ModelAdapter]
     claims: tuple[str, ...]
+    trials: Callable[[], Iterable[Trial]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,6 +6,7 @@ from tokenprune_pocketvlm.model import IMAGE
 from tokenprune_pocketvlm.testing import build, cases, collate, prompts
 
 import tokenprune
+from tokenprune.doctor import examine
 from tokenprune.testing import parametrize_with_checks
 
 
@@ -79,3 +80,10 @@ def test_prompts_without_pictures_are_forgotten():
         with pytest.raises(tokenprune.MissingSignalError):
             _ = seen.steps
     assert not model._forward_hooks
+
+
+def test_the_doctor_finds_nothing_and_would_find_a_wrong_plan():
+    (found,) = examine(only=["pocketvlm"]).comparisons
+    assert (found.outcome, found.where) == ("ok", "before the LLM")
+    assert found.gap < 1e-4
+    assert found.sensitivity > 1

@@ -7,6 +7,7 @@ from tokenprune import ModelPlugin, TowerPlugin
 
 from .adapter import PocketAdapter, VisionAdapter
 from .model import IMAGE, Config, PocketVLM, Vision
+from .trials import trials
 
 __all__ = ["IMAGE", "Config", "PocketAdapter", "PocketVLM", "Vision", "VisionAdapter"]
 
@@ -23,5 +24,5 @@ def tokenprune_towers() -> Iterable[TowerPlugin]:
 def tokenprune_models() -> Iterable[ModelPlugin]:
     """PocketVLM."""
     claims = ("tokenprune_pocketvlm.model.PocketVLM",)
-    yield ModelPlugin("pocketvlm", "PocketVLM, before the LLM", PocketAdapter, claims)
+    yield ModelPlugin("pocketvlm", "PocketVLM, before the LLM", PocketAdapter, claims, trials)
     # --8<-- [end:plugin]

@@ -1,4 +1,4 @@
-"""What the contract kit needs to know: how to build PocketVLM, and prompts for it."""
+"""What the contract kit needs to know: prompts for PocketVLM, and how it is called."""
 
 from __future__ import annotations
 
@@ -12,28 +12,12 @@ from tokenprune import ClsAttention, Placement, Signal
 from tokenprune.testing import ModelCase, Prompt, TowerCase
 
 from .model import IMAGE, Cache, Config, PocketVLM, Vision
+from .trials import build, picture
 
 PAD = 0
 
 
-# --8<-- [start:build]
-def build() -> PocketVLM:
-    """Random weights, scaled so that attention is peaked and logits are about 10."""
-    model = PocketVLM().eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            scale = 1.0 if weight.ndim < 2 or "embed" in name else 2 / weight.shape[1] ** 0.5
-            scale = 0.1 if name.endswith("bias") else scale
-            weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
-    return model
-
-
-def picture(seed: int) -> Tensor:
-    """`(3, 16, 16)` noise."""
-    return torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(seed))
-
-
+# --8<-- [start:prompts]
 def prompt(*parts: int | Tensor) -> Prompt:
     """A prompt of ids of words and of pictures."""
     visual = Config().visual_tokens
@@ -59,7 +43,7 @@ def collate(batch: Sequence[Prompt]) -> dict[str, Any]:
     made = torch.tensor(ids)
     inputs = {"ids": made, "mask": made != PAD}
     return {**inputs, "pixels": torch.stack(images)} if images else inputs
-    # --8<-- [end:build]
+    # --8<-- [end:prompts]
 
 
 def extend(inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:

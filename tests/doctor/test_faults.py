@@ -1,0 +1,228 @@
+"""The doctor fails on planted faults, names the class, and says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from tokenprune import Evict, Plan
+from tokenprune.doctor import Answer, Cut, Questions, Trial, examine
+from tokenprune.plugins import Registry
+from tokenprune_adapters.hf import checks
+from tokenprune_adapters.hf.names import Call
+from tokenprune_adapters.llms import inside, segment, shorten
+from tokenprune_adapters.models.llava import LlavaAdapter
+
+Patch: TypeAlias = pytest.MonkeyPatch
+LLAVA = "LlavaForConditionalGeneration (CLIP)"
+BEFORE, INSIDE = "before the LLM", "after layer 2"
+
+
+@pytest.fixture(autouse=True)
+def llava(offering: Callable[..., Registry]) -> Registry:
+    """One class is enough, and faster."""
+    return offering()
+
+
+def plan_shifted_by_one_patch(patch: Patch) -> None:
+    def plan(self: Any, *args: Any) -> Plan:
+        made = original(self, *args)
+        return replace(made, anchors=(made.anchors + 1) % made.tokens)
+
+    original = Evict.plan
+    patch.setattr(Evict, "plan", plan)
+
+
+def mask_not_applied(patch: Patch) -> None:
+    patch.setattr(segment, "_mask", lambda *args: None)
+
+
+def positions_off_by_one_while_decoding(patch: Patch) -> None:
+    def note(cache: Any, states: dict[int, Any]) -> None:
+        moved = {start: replace(s, moved=s.moved + 1) for start, s in states.items()}
+        original(cache, moved)
+
+    original = shorten.note
+    patch.setattr(shorten, "note", note)
+
+
+def other_policy_of_positions(patch: Patch) -> None:
+    def enter(slots: Any, before: Any, past: int, positions: str, *rest: Any) -> Any:
+        other = {"original": "reindexed", "reindexed": "original"}[positions]
+        return original(slots, before, past, other, *rest)
+
+    original = segment.enter
+    patch.setattr(shorten, "enter", enter)
+    patch.setattr(inside, "enter", enter)
+
+
+def fillers_forgotten_in_the_cache(patch: Patch) -> None:
+    def note(cache: Any, states: dict[int, Any]) -> None:
+        original(cache, {start: replace(s, valid=None) for start, s in states.items()})
+
+    original = shorten.note
+    patch.setattr(shorten, "note", note)
+
+
+def an_argument_of_the_cache_renamed(patch: Patch) -> None:
+    """As a release of transformers may do."""
+
+    def forward(
+        self: Any,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        renamed_cache: Any = None,
+        inputs_embeds: Any = None,
+        **rest: Any,
+    ) -> Any:
+        return original(
+            self,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **rest,
+        )
+
+    original = LlamaModel.forward
+    patch.setattr(LlamaModel, "forward", forward)
+
+
+def wrong_name_of_the_cache_in_the_wall(patch: Patch) -> None:
+    patch.setattr(Call.cache, "names", ("kv_cache",))
+
+
+def cache_never_read(patch: Patch) -> None:
+    """The silent kind: nothing checks, and what is read is None."""
+    patch.setattr(Call.cache, "names", ("kv_cache",))
+    patch.setattr(checks, "_check", lambda *args: None)
+
+
+def wrong_name_of_the_mask_and_no_check(patch: Patch) -> None:
+    patch.setattr(Call.mask, "names", ("masking",))
+    patch.setattr(checks, "_check", lambda *args: None)
+
+
+def adapter_that_raises(patch: Patch) -> None:
+    def install(self: Any, *args: Any) -> Iterator[Any]:
+        raise KeyError("hidden_states")
+
+    patch.setattr(LlavaAdapter, "install", install)
+
+
+def nothing_attached(patch: Patch) -> None:
+    patch.setattr(LlavaAdapter, "install", lambda self, *args: iter(()))
+
+
+FAULTS: dict[Callable[[Patch], None], dict[str, str]] = {
+    plan_shifted_by_one_patch: {BEFORE: "logits differ by", INSIDE: "logits differ by"},
+    mask_not_applied: {BEFORE: "logits differ by", INSIDE: "logits differ by"},
+    positions_off_by_one_while_decoding: {BEFORE: "logits differ by", INSIDE: "logits differ by"},
+    other_policy_of_positions: {BEFORE: "logits differ by", INSIDE: "logits differ by"},
+    fillers_forgotten_in_the_cache: {BEFORE: "logits differ by", INSIDE: "logits differ by"},
+    an_argument_of_the_cache_renamed: {
+        BEFORE: "UnsupportedError: LlamaModel does not take",
+        INSIDE: "UnsupportedError: LlamaModel does not take",
+    },
+    wrong_name_of_the_cache_in_the_wall: {
+        BEFORE: "UnsupportedError: LlavaModel does not take kv_cache",
+        INSIDE: "UnsupportedError: LlavaModel does not take kv_cache",
+    },
+    cache_never_read: {BEFORE: "this KV cache belongs", INSIDE: "this KV cache belongs"},
+    wrong_name_of_the_mask_and_no_check: {BEFORE: "logits differ by", INSIDE: "RuntimeError: "},
+    adapter_that_raises: {BEFORE: "KeyError: 'hidden_states'", INSIDE: "KeyError: 'hidden_states'"},
+    nothing_attached: {BEFORE: "logits differ by", INSIDE: "logits differ by"},
+}
+"""What each fault is found by, and where; the model without anything attached agrees."""
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_is_found(fault: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    fault(monkeypatch)
+    found = examine()
+    reasons = {each.where: each.reason for each in found.failed}
+    assert reasons.keys() == FAULTS[fault].keys()
+    for where, words in FAULTS[fault].items():
+        assert words in reasons[where]
+    assert all(each.gap is None or not each.gap < 0.01 for each in found.failed)
+
+
+def test_a_class_that_cannot_be_built_is_a_failure(monkeypatch: Patch) -> None:
+    def init(self: Any, config: Any) -> None:
+        raise TypeError("__init__() got an unexpected keyword\nand more")
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "__init__", init)
+    (failed,) = examine().comparisons
+    assert (failed.model, failed.where, failed.outcome) == (LLAVA, "building it", "failed")
+    assert failed.reason == "TypeError: __init__() got an unexpected keyword"
+    assert failed.traceback.endswith("and more\n")
+
+
+def test_a_model_that_cannot_be_read_by_hand_is_a_failure(monkeypatch: Patch) -> None:
+    def prompts(*args: Any) -> Any:
+        raise AttributeError("'LlamaModel' object has no attribute 'embed'")
+
+    monkeypatch.setattr("tokenprune_adapters.trials.chat.prompts", prompts)
+    (failed,) = examine().comparisons
+    assert (failed.where, failed.reason) == (
+        "reading it by hand",
+        "AttributeError: 'LlamaModel' object has no attribute 'embed'",
+    )
+
+
+def test_a_broken_plugin_is_a_failure(llava: Registry) -> None:
+    llava.broken["tokenprune-nope"] = ImportError("cannot import name 'Nope'")
+    (failed,) = examine().failed
+    assert (failed.model, failed.where) == ("tokenprune-nope", "loading the plugin")
+    assert failed.reason == "ImportError: cannot import name 'Nope'"
+
+
+def test_trials_that_cannot_be_loaded_are_a_failure(llava: Registry) -> None:
+    def trials() -> list[Trial]:
+        raise ImportError("no such module")
+
+    offer = llava.models[0]
+    llava.models[0] = replace(offer, plugin=replace(offer.plugin, trials=trials))
+    (failed,) = examine().comparisons
+    assert (failed.model, failed.where) == ("hf-llava", "loading its trials")
+
+
+def test_nan_and_other_shapes_are_failures(offering: Callable[..., Registry]) -> None:
+    def trial(logits: torch.Tensor) -> Trial:
+        answer = Answer(torch.empty(1, 0), torch.zeros(1, 1, 3))
+        cut = Cut("as it is", "", lambda text, shift: logits)
+        return Trial(
+            "m", "torch", lambda: nn.Linear(1, 1), lambda m: Questions(lambda: answer, [cut])
+        )
+
+    offering(trial(torch.full((1, 1, 3), torch.nan)), trial(torch.zeros(1, 2, 3)))
+    nan, shape = examine().failed
+    assert nan.reason.startswith("logits differ by nan")
+    assert shape.reason == "the model returns logits of shape (1, 1, 3), by hand it is (1, 2, 3)"
+
+
+def test_a_trial_that_a_wrong_plan_passes_shows_nothing(offering: Callable[..., Registry]) -> None:
+    """Weights that are not peaked: whatever is kept, logits hardly move."""
+    known = offering()
+    assert known.models[0].plugin.trials is not None
+    (first,) = known.models[0].plugin.trials()
+
+    def build() -> nn.Module:
+        model = first.build()
+        with torch.no_grad():
+            for weight in model.model.language_model.parameters():
+                weight.mul_(1e-4 if weight.ndim > 1 else 1)
+        return model
+
+    offering(replace(first, build=build))
+    found = examine()
+    assert {each.outcome for each in found.failed} == {"unclear"}
+    assert "a wrong plan would move logits by" in found.failed[0].reason
