@@ -65,12 +65,14 @@ class Slots:
         real: False for padding; None where there is none.
         place: position ids.
         sample: the conversation of each slot; None where rows hold one.
+        gaps: whether position ids leave some out, which is no seam where `sample` is None.
     """
 
     drop: Tensor | None
     real: Tensor | None
     place: Tensor
     sample: Tensor | None = None
+    gaps: bool = False
 
 
 def enter(
@@ -110,7 +112,7 @@ def enter(
     )
     # Gaps in the positions of a prompt that has neither mask nor cache would be taken for the
     # seams between several packed sequences.
-    gaps = positions == "original" and not cached
+    gaps = (positions == "original" or slots.gaps) and not cached
     mask = _mask(llm, valid, batch, queries, stored + queries, gaps, place.device, sample)
     return Segment(layout, real, place, sample, before, after, mask)
 

@@ -140,10 +140,10 @@ class ShortenPrompts(NotCopyable):
         usable = mask is None or _is_padding_mask(mask, past, drop)
         real, real_past = _real_columns(mask if usable else None, past, drop)
         seen = drop[:, :0] if images is None else images.visual
-        sample = conversations(llm, call, drop.shape)
-        seams = drop.new_zeros(()) if sample is None else sample[:, -1].any()
+        steps = steps_of(llm, call, drop.shape)
+        seams = drop.new_zeros(()) if steps is None else steps[:, -1].any()
         asked = torch.stack([drop.any(), real.all(), seen.any(), seams])
-        shorten, all_real, some_visual, some_seams = asked.tolist()
+        shorten, all_real, some_visual, gaps = asked.tolist()
         reduces = bool(self.starts) and some_visual
         if not (shorten or reduces) and state_of(cache) is None:
             return (args, kwargs)
@@ -165,9 +165,8 @@ class ShortenPrompts(NotCopyable):
         fresh = Shortened(0, real_past, drop.new_zeros(embeds.shape[0], dtype=torch.int64), 0)
         known = state_of(cache, 0) or fresh
         place = _positions(call.positions, past, drop) - known.moved[:, None]
-        if not some_seams:
-            sample = None
-        slots = Slots(drop if shorten else None, None if all_real else real, place, sample)
+        sample = steps if gaps and are_seams(llm, call, all_real) else None
+        slots = Slots(drop if shorten else None, None if all_real else real, place, sample, gaps)
         first = enter(slots, known, past, self.positions, llm, cache is not None)
         run = Run(cache, past, {0: first})
         if reduces and images is not None:
@@ -217,11 +216,11 @@ class ShortenPrompts(NotCopyable):
         return given.replaced(last=run.restore(given.last, max(run.segments)), states=states)
 
 
-def conversations(llm: nn.Module, call: Call, shape: Sequence[int]) -> Tensor | None:
-    """`(batch, slots)` int64: the conversation of each slot, where rows may hold several.
+def steps_of(llm: nn.Module, call: Call, shape: Sequence[int]) -> Tensor | None:
+    """`(batch, slots)` int64: a number that grows where position ids do not go on by one.
 
-    The rules are those of transformers: position ids tell, where neither a mask nor a cache does.
-    FlashAttention looks at the positions of a single row even where there is a cache.
+    None where transformers does not look: beside a cache FlashAttention alone does, in a batch of
+    one row.
 
     Args:
         llm: the language model.
@@ -229,12 +228,19 @@ def conversations(llm: nn.Module, call: Call, shape: Sequence[int]) -> Tensor | 
         shape: batch and slots.
     """
     batch, slots = shape
-    if call.positions is None or call.mask is not None or slots == 1:
+    if call.positions is None or slots == 1:
         return None
     cached = call.cache is not None or makes_cache(llm, call.wants_cache)
-    if cached and not ("flash" in attention_of(llm) and batch == 1):
-        return None
-    return samples(call.positions.expand(batch, slots))
+    looks = not cached or ("flash" in attention_of(llm) and batch == 1)
+    return samples(call.positions.expand(batch, slots)) if looks else None
+
+
+def are_seams(llm: nn.Module, call: Call, all_real: bool) -> bool:
+    """Whether steps in position ids are seams between conversations: no mask says otherwise.
+
+    A mask without padding is none to FlashAttention.
+    """
+    return call.mask is None or (all_real and "flash" in attention_of(llm))
 
 
 def _is_padding_mask(mask: Any, past: int, drop: Tensor) -> bool:

@@ -25,7 +25,7 @@ from ..llms.attention_rows import Prompts, last_rows
 from ..llms.cache import check_cache, state_of
 from ..llms.images import Images, Seats
 from ..llms.inside import RefuseCandidates
-from ..llms.shorten import conversations
+from ..llms.shorten import are_seams, steps_of
 from .placed import FindImages
 
 
@@ -126,7 +126,10 @@ class WatchAttention(NotCopyable):
             )
         valid = _valid(call.mask, ids, past)
         real = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid[:, past:]
-        prompts = Prompts(real, valid, conversations(self.parts.llm, call, ids.shape))
+        steps = steps_of(self.parts.llm, call, ids.shape)
+        if steps is not None and not are_seams(self.parts.llm, call, bool(real.all())):
+            steps = None
+        prompts = Prompts(real, valid, steps)
         self._local.running = _Pass(pictures, prompts)
 
     def _begin(self, images: Images, seats: Seats, past: int) -> None:
