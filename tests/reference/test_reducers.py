@@ -14,6 +14,7 @@ from tokenprune import (
     DominantContextual,
     Evict,
     ImportantDiverse,
+    JointClsAttention,
     Keys,
     KMeans,
     Plan,
@@ -219,7 +220,8 @@ def attended(kind: str, tokens: int, seed: int, peaks: int) -> tuple[Picture, np
     keys = torch.randn(1, 3, tokens, 2, generator=generator)
     if kind == "repeated":
         keys = keys[:, :, torch.randint(3, (tokens,), generator=generator)]
-    signals = {ClsAttention((-1,)): rows, Keys(-1): keys}
+    joint = torch.from_numpy(plain.single_head(logits.numpy()))[1:].float()[None, None]
+    signals = {ClsAttention((-1,)): rows, JointClsAttention((-1,)): joint, Keys(-1): keys}
     return Picture(picture.features, None, None, signals), logits.numpy()
 
 

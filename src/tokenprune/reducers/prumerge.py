@@ -15,7 +15,7 @@ from ..errors import BudgetError
 from ..fields import check_choice, check_whole
 from ..metric import cosine_to_all, wide
 from ..plan import Plan
-from ..signals import ClsAttention, Keys, Signal, Signals
+from ..signals import ClsAttention, JointClsAttention, Keys, Signal, Signals
 from ..strategy import Reducer
 from ..tokens import VisualTokens
 from .rows import Free, column, first_of, kept_counts, marked_first
@@ -68,7 +68,12 @@ class _Merging:
     @property
     def signals(self) -> frozenset[Signal]:
         """[CLS] attention and keys of one layer."""
-        return frozenset({ClsAttention((self.layer,)), Keys(self.layer)})
+        return frozenset({self._row, Keys(self.layer)})
+
+    @property
+    def _row(self) -> Signal:
+        layers = (self.layer,)
+        return JointClsAttention(layers) if self.heads == "joint" else ClsAttention(layers)
 
     def seats(self, tokens: VisualTokens) -> tuple[int, ...] | None:
         """Tokens that stay per row, or None where the picture decides."""
@@ -79,12 +84,10 @@ class _Merging:
 
     def attention(self, tokens: VisualTokens, signals: Signals) -> Tensor:
         """`(batch, tokens)` float32 > 0 on free tokens, 0 elsewhere."""
-        rows = signals[ClsAttention((self.layer,))][:, 0]
+        attention = signals[self._row][:, 0].float()
         free = tokens.mask & ~tokens.protected
         if self.heads == "mean":
-            attention = reduce(rows.float(), "batch heads tokens -> batch tokens", "mean")
-        else:
-            attention = _joint(rows, tokens.mask)
+            attention = reduce(attention, "batch heads tokens -> batch tokens", "mean")
         # Attention may underflow; who is merged must not depend on that.
         tiny = torch.finfo(torch.float32).tiny
         return torch.where(free, attention.clamp(min=tiny), 0)
@@ -165,26 +168,6 @@ class PruMergePlus(_Merging, Reducer):
             samples = [count - t for count, t in zip(chosen, top, strict=True)]
             kept = kept | _spread(free.mask & ~kept, left, samples)
         return _merge(self, tokens, signals, attention, kept, seats)
-
-
-def _joint(rows: Tensor, mask: Tensor) -> Tensor:
-    """Attention as one head over all channels, from the rows of the heads.
-
-    Per head a row is softmax(q k / sqrt(d)), so the logs of the rows give the products back up to
-    a constant, and their sum over heads / sqrt(heads) gives those of one head with all channels.
-    [CLS] itself has what is missing to 1.
-
-    Args:
-        rows: `(batch, heads, tokens)`.
-        mask: `(batch, tokens)` bool.
-    """
-    rows = torch.where(mask[:, None, :], wide(rows), 0)
-    tiny = torch.finfo(torch.float32).tiny
-    own = (1 - rows.sum(2, keepdim=True)).clamp(min=tiny)
-    logits = torch.cat([rows.clamp(min=tiny), own], dim=2).log().sum(1) / rows.shape[1] ** 0.5
-    logits[:, :-1].masked_fill_(~mask, -torch.inf)
-    joint: Tensor = logits.softmax(1)[:, :-1].float()
-    return joint
 
 
 def _outliers(attention: Tensor, free: Free) -> Tensor:
