@@ -10,7 +10,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from ..budget import Keep, KeepLike, Per
+from ..budget import Keep, KeepLike, Per, given_once
 from ..errors import BudgetError
 from ..fields import check_choice, check_whole
 from ..metric import cosine_to_all, wide
@@ -57,13 +57,17 @@ class _Merging:
         if self.keep is None:
             Keep(1.0, self.per)  # checks per
         else:
-            budget = self.keep if isinstance(self.keep, Keep) else Keep(self.keep, self.per)
+            budget = given_once(self.keep, self.per)
             if budget.amount == 0:
                 raise BudgetError("keep must be at least 1: merging always leaves the extra token")
             object.__setattr__(self, "keep", budget.amount)
             object.__setattr__(self, "per", budget.per)
         check_choice("heads", self.heads, get_args(Heads))
         check_whole("neighbours", self.neighbours, 0)
+
+    @property
+    def ignores_scores(self) -> bool:
+        return True
 
     @property
     def signals(self) -> frozenset[Signal]:
