@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from ..errors import TokenpruneError
+from ..pictures import PICTURES, PictureError, read_picture
 
-PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 DESCRIBE = "Describe the image in one sentence."
 
 
@@ -50,43 +50,16 @@ class Sample:
         object.__setattr__(self, "group", self.group or self.id)
 
     def picture(self) -> Image.Image:
-        """The picture in RGB.
+        """The picture in RGB (see `tokenprune.pictures`).
 
         Raises:
-            DataError: the file is missing or no picture.
+            DataError: the file is missing, no picture, or its numbers have no sure meaning.
         """
+        named = isinstance(self.image, str | Path)
         try:
-            image = self.image if isinstance(self.image, Image.Image) else Image.open(self.image)
-            return upright(image).convert("RGB")
-        except UnidentifiedImageError as error:
-            raise DataError(f"{self.image} is not a picture that Pillow can read") from error
-        except OSError as error:
-            raise DataError(f"cannot read the picture {self.image}: {error}") from error
-
-
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """`image` turned as its EXIF data says, as transformers and vLLM open pictures.
-
-    Cameras store what the sensor saw, and beside it how they were held. Pillow's `exif_transpose`
-    also writes the EXIF data anew, and fails where it cannot, as with tags of the wrong type.
-    """
-    image.load()  # decoders of some formats turn the picture themselves
-    try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a picture whose EXIF data is damaged is a picture all the same
-        turn = None
-    return image if turn is None else image.transpose(turn)
+            return read_picture(self.image, None if named else f"of {self.id!r}")
+        except PictureError as error:
+            raise DataError(str(error)) from error
 
 
 def read(path: Path | str, prompt: str = DESCRIBE) -> list[Sample]:
