@@ -33,6 +33,9 @@ PICTURES = frozenset(
 )
 """Endings of files that are taken for pictures without a look inside."""
 
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
+"""Those of `PICTURES`. Pillow takes almost any file for one of some others, such as TGA."""
+
 _PHOTOMETRIC, _BITS, _WHITE_IS_ZERO = 262, 258, 0  # of TIFF
 _BY_NUMBER = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 _HALF = 0.5  # what is a fraction of 255 is rounded half up
@@ -84,7 +87,7 @@ def read_picture(source: Source, name: str | None = None) -> Image.Image:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether Pillow knows the format of a file, whatever its name; pixels are not read.
+    """Whether a file begins as pictures of common formats do, whatever its name.
 
     Raises:
         OSError: it cannot be opened.
@@ -92,7 +95,7 @@ def is_picture(path: Path) -> bool:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        Image.open(path).close()
+        Image.open(path, formats=_FORMATS).close()
     except UnidentifiedImageError:
         return False
     except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import TokenpruneError
-from ..pictures import PICTURES, PictureError, read_picture
+from ..folders import list_pictures
+from ..pictures import PictureError, read_picture
 
 DESCRIBE = "Describe the image in one sentence."
+_NAMED = 5  # files that a message names before it counts
 
 
 class DataError(TokenpruneError, ValueError):
@@ -67,7 +70,8 @@ def read(path: Path | str, prompt: str = DESCRIBE) -> list[Sample]:
 
     A line is an object with `image` (a file name, relative to the JSON lines) and `question`, and
     may have `answers` (a list) or `answer`, `type` and `id`. A folder that holds one `.jsonl` file
-    is that file; without one, every picture in it is asked `prompt`.
+    is that file; without one, every picture in it is asked `prompt`, and a warning names what is
+    passed over.
 
     Args:
         path: a `.jsonl` file or a folder.
@@ -131,10 +135,18 @@ def _spread(samples: list[Sample], count: int) -> list[Sample]:
 
 
 def _pictures(folder: Path, prompt: str) -> list[Sample]:
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
-    if not files:
-        raise DataError(f"{folder} holds neither a .jsonl file nor pictures")
-    return [Sample(file.name, file, prompt, group=file.name) for file in files]
+    listing = list_pictures(folder, deep=False)
+    others = [f"{name} ({why})" for name, why in listing.passed_over]
+    if len(others) > _NAMED:
+        others[_NAMED:] = [f"and {len(others) - _NAMED} more"]
+    if not listing.pictures:
+        raise DataError(
+            f"{folder} holds neither a .jsonl file nor pictures"
+            + (f", but {', '.join(others)}" if others else "")
+        )
+    if others:
+        warnings.warn(f"passed over in {folder}: {', '.join(others)}", stacklevel=3)
+    return [Sample(name, folder / name, prompt, group=name) for name in listing.pictures]
 
 
 def _lines(path: Path) -> Iterator[Sample]:
