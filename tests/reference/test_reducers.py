@@ -393,3 +393,16 @@ def test_later_reducers_see_what_earlier_ones_left() -> None:
         same(reduction.plan.dense()[row].double().numpy(), second @ first)
     assert reduction.tokens.sizes.sum(1).tolist() == [32, 32]
     assert torch.allclose(reduction.tokens.features, reduction.plan(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("protected", [0, 3, 7])
+def test_tome_counts_even_and_odd_among_the_tokens_that_are_not_protected(protected: int) -> None:
+    """The authors count among all, so that a token in front turns the pairs round."""
+    x = Picture.draw("normal", 8, 6).features
+    marked = torch.zeros(1, 8, dtype=torch.bool)
+    marked[0, protected] = True
+    others = [slot for slot in range(8) if slot != protected]
+    plan = ToMe(5).plan(VisualTokens.of(x[None], protected=marked), None, Signals())
+    expected = plain.tome(x[others].double().numpy(), np.ones(7), 4)
+    rows = plan.dense()[0].double().numpy()
+    same(rows[rows[:, protected] == 0][:, others], expected)
