@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -271,6 +273,33 @@ def test_prumerge_with_an_exact_budget(tokens: int, keep: int, plus: bool, norma
     if normalize:
         expected /= expected.sum(1, keepdims=True)
     same(got, expected)
+
+
+@pytest.mark.parametrize("tokens", range(5, 14))
+@pytest.mark.parametrize(("above", "outliers"), [(1.001, 1), (0.999, 0)])
+@pytest.mark.parametrize("first", [True, False])
+def test_quartiles_are_interpolated_between_order_statistics(
+    tokens: int, above: float, outliers: int, first: bool
+) -> None:
+    """The largest attention stands at Tukey's fence, which rounded quartiles would move."""
+    rest = [Fraction((place + 3) ** 2, 4000) for place in range(tokens - 1)]
+
+    def quartile(quarters: int) -> Fraction:
+        below, part = divmod((tokens - 1) * quarters, 4)
+        high = rest[min(below + 1, tokens - 2)]
+        return rest[below] + (high - rest[below]) * Fraction(part, 4)
+
+    fence = float(quartile(3) + Fraction(3, 2) * (quartile(3) - quartile(1)))
+    largest = fence * above
+    assert largest > rest[-1]
+    values = [largest, *map(float, rest)] if first else [*map(float, rest[::-1]), largest]
+    row = torch.tensor(values)[None, None, None]
+    keys = torch.randn(1, 1, tokens, 2, generator=torch.Generator().manual_seed(0))
+    signals = Signals({ClsAttention((-1,)): row, Keys(-1): keys})
+    x = VisualTokens.of(torch.rand(1, tokens, 2))
+    plan = PruMerge(heads="mean", neighbours=0).plan(x, None, signals)
+    assert plan.lengths == (outliers + 1,)  # and the extra token
+    assert (values.index(largest) in plan.anchors[0].tolist()) or not outliers
 
 
 def test_outliers_do_not_depend_on_the_scale_of_attention() -> None:
