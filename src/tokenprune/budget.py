@@ -85,18 +85,6 @@ class Keep:
 KeepLike: TypeAlias = int | float | Keep
 
 
-def given_once(keep: KeepLike, per: Per) -> Keep:
-    """The budget that two fields give.
-
-    Raises:
-        BudgetError: `keep` is a `Keep` for something else than `per`.
-    """
-    budget = keep if isinstance(keep, Keep) else Keep(keep, per)
-    if per not in ("image", budget.per):
-        raise BudgetError(f"per={per!r} contradicts {budget}; give it once")
-    return budget
-
-
 @dataclass(frozen=True)
 class Budgeted:
     """The two fields that reducers with a budget share.
@@ -110,7 +98,9 @@ class Budgeted:
     per: Per = "image"
 
     def __post_init__(self) -> None:
-        keep = given_once(self.keep, self.per)
+        keep = self.keep if isinstance(self.keep, Keep) else Keep(self.keep, self.per)
+        if self.per not in ("image", keep.per):
+            raise BudgetError(f"per={self.per!r} contradicts {keep}; give it once")
         object.__setattr__(self, "keep", keep.amount)
         object.__setattr__(self, "per", keep.per)
 

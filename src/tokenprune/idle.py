@@ -1,6 +1,7 @@
 """Idle steps: scorers that nobody reads and budgets that nothing exceeds. They are refused.
 
-Nobody means them, and nothing would show that they do nothing.
+Nobody means them, and nothing would show that they do nothing. Only steps of one strategy are
+looked at: a stage further on in a schedule that finds nothing to reduce is seen in the report.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from .budget import PER, Keep
 from .errors import SpecError
-from .placement import AfterLayer
 
 if TYPE_CHECKING:
-    from .strategy import Reducer, Scorer, Stage
+    from .strategy import Reducer, Scorer
 
 
 def check_scores_are_read(steps: Sequence[Scorer | Reducer], scorers: Sequence[bool]) -> None:
@@ -61,27 +61,6 @@ def check_budgets_fall(steps: Iterable[object]) -> None:
                     f"{step!r} has no effect: it keeps everything, and other steps reduce; leave "
                     "it out, or give it a smaller budget"
                 )
-    _fall(given)
-
-
-def check_stages_fall(stages: Sequence[Stage]) -> None:
-    """Refuse a stage whose reducers get fewer tokens than they would keep.
-
-    Raises:
-        SpecError: names the reducer, and what would work.
-    """
-    ordered = sorted(stages, key=_start)
-    _fall(
-        [
-            (step, budget)
-            for stage in ordered
-            for step in stage.strategy.steps
-            if (budget := _budget(step)) is not None
-        ]
-    )
-
-
-def _fall(given: Sequence[tuple[object, Keep]]) -> None:
     most: dict[str, int] = {}
     for step, budget in given:
         left = most.get(budget.per)
@@ -105,8 +84,3 @@ def _budget(step: object) -> Keep | None:
     if isinstance(keep, bool) or not isinstance(keep, (int, float)) or per not in PER:
         return None
     return Keep(keep, per)
-
-
-def _start(stage: Stage) -> int:
-    placement = stage.placement
-    return placement.layers if isinstance(placement, AfterLayer) else 0

@@ -17,7 +17,6 @@ from itertools import chain
 from typing import NamedTuple, TypeVar
 
 from .errors import SpecError, UnknownNameError
-from .idle import check_stages_fall
 from .placement import AfterLayer, BeforeLLM, Placement
 from .plugins import ReducerPlugin, ScorerPlugin, registry
 from .strategy import Reducer, Scorer, Stage, Strategy
@@ -60,7 +59,7 @@ def stages_of(stages: Iterable[Stage | str]) -> tuple[Stage, ...]:
     """The stages themselves, and those that specs among them describe.
 
     Raises:
-        SpecError: something is neither a stage nor a spec, or a stage has no effect.
+        SpecError: something is neither a stage nor a spec.
     """
     found: list[Stage] = []
     for stage in stages:
@@ -73,7 +72,6 @@ def stages_of(stages: Iterable[Stage | str]) -> tuple[Stage, ...]:
                 f"a stage must be a spec or a Stage, got {stage!r}; place a strategy with "
                 "strategy.at(BeforeLLM())"
             )
-    check_stages_fall(found)
     return tuple(found)
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.test_strategy import Pairs
 from tokenprune import (
@@ -32,9 +32,7 @@ from tokenprune import (
     ToMe,
     UniformScorer,
     VisualTokens,
-    attach,
     parse,
-    parse_schedule,
 )
 from tokenprune.spec import stages_of
 
@@ -148,6 +146,7 @@ def test_ends_of_sweeps_and_what_may_have_an_effect_are_not_refused(spec: str) -
         (lambda: FoPruScorer(columns=24), "columns=24 has no effect: mode='rank' has no rows"),
         (lambda: PruMerge(Keep(8, "crop"), per="frame"), "per='frame' contradicts Keep(amount=8"),
         (lambda: PruMergePlus(Keep(8, "crop"), "frame"), "give it once"),
+        (lambda: PruMerge(per="frames"), "per must be one of image, crop, frame, got 'frames'"),
     ],
 )
 def test_an_argument_that_another_overrules_is_refused(
@@ -162,6 +161,7 @@ def test_the_other_argument_makes_it_count() -> None:
     assert ToMe(8, metric="keys", layer=-3).layer == -3
     assert FoPruScorer("row", columns=24).columns == 24
     assert PruMerge(Keep(8, "crop"), "crop").per == "crop"
+    assert isinstance(PruMerge(), Budgeted)  # so adapters see what its budget is for
 
 
 def test_a_reducer_that_may_read_scores_is_taken_to_read_them() -> None:
@@ -178,28 +178,16 @@ def test_a_budget_that_need_not_be_met_tells_nothing_about_later_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("specs", "words"),
+    "specs",
     [
-        (["uniform | evict(0) @ after-layer(15)", "fastv | evict(4) @ after-layer(20)"], "most 0"),
-        (["fastv | evict(0.5) @ after-layer(20)", "uniform | evict(0) @ after-layer(3)"], "most 0"),
-        (["cls-attention | evict(4)", "fastv | evict(4) @ after-layer(2)"], "at most 4"),
-        (["pyramiddrop(keep=7)"], "Evict(keep=7, per='image') has no effect"),
+        ["cls-attention | evict(9)", "fastv | evict(4) @ after-layer(2)"],
+        ["uniform | evict(0) @ after-layer(15)", "fastv | evict(4) @ after-layer(20)"],
+        ["pyramiddrop(keep=7)"],
     ],
 )
-def test_a_stage_to_which_nothing_is_left_is_refused_when_attaching(
-    specs: list[str], words: str
-) -> None:
-    parse_schedule("; ".join(specs))  # a text may be read; it is used that is refused
-    with pytest.raises(SpecError) as caught:
-        stages_of(specs)
-    assert words in str(caught.value)
-    with pytest.raises(SpecError, match="has no effect"):
-        attach(nn.Linear(1, 1), *specs)
-
-
-def test_later_stages_may_keep_less() -> None:
-    assert len(stages_of(["cls-attention | evict(9)", "fastv | evict(4) @ after-layer(2)"])) == 2
-    assert len(stages_of(["pyramiddrop"])) == 3
+def test_stages_of_a_schedule_are_not_compared(specs: list[str]) -> None:
+    """What a later stage finds is seen in the report, of that stage."""
+    assert len(stages_of(specs)) >= 2
 
 
 def test_what_is_refused_would_have_done_nothing() -> None:

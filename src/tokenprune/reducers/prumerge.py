@@ -10,7 +10,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from ..budget import Keep, KeepLike, Per, given_once
+from ..budget import Budgeted, Keep, KeepLike
 from ..errors import BudgetError
 from ..fields import check_choice, check_whole
 from ..metric import cosine_to_all, wide
@@ -25,7 +25,7 @@ Heads: TypeAlias = Literal["joint", "mean"]
 
 
 @dataclass(frozen=True)
-class _Merging:
+class _Merging(Budgeted):
     """The fields that both variants share.
 
     Args:
@@ -46,8 +46,7 @@ class _Merging:
         "P10": "the paper's weights do not sum to one",
     }
 
-    keep: KeepLike | None = None
-    per: Per = "image"
+    keep: KeepLike | None = None  # type: ignore[assignment]  # the picture decides
     layer: int = -1
     heads: Heads = "joint"
     neighbours: int = 32
@@ -57,11 +56,9 @@ class _Merging:
         if self.keep is None:
             Keep(1.0, self.per)  # checks per
         else:
-            budget = given_once(self.keep, self.per)
-            if budget.amount == 0:
+            super().__post_init__()
+            if self.keep == 0:
                 raise BudgetError("keep must be at least 1: merging always leaves the extra token")
-            object.__setattr__(self, "keep", budget.amount)
-            object.__setattr__(self, "per", budget.per)
         check_choice("heads", self.heads, get_args(Heads))
         check_whole("neighbours", self.neighbours, 0)
 
