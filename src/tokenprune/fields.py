@@ -19,6 +19,23 @@ def check_whole(name: str, value: object, least: int, or_none: bool = False) -> 
     raise SpecError(f"{name} must be an int >= {least}{alternative}, got {value!r}")
 
 
+def check_read(name: str, value: object, default: object, why: str, instead: str) -> None:
+    """Refuse a field that was given although another one overrules it.
+
+    Args:
+        name: of the field.
+        value: what it holds.
+        default: what it holds where nobody gave it.
+        why: clause that says what overrules it.
+        instead: what would make it count.
+
+    Raises:
+        SpecError: what has no effect, why, and what would work.
+    """
+    if value != default:
+        raise SpecError(f"{name}={value!r} has no effect: {why}; leave it out, or say {instead}")
+
+
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Refuse a field that is none of `choices`.
 

@@ -85,6 +85,24 @@ class ClsAttention(Signal):
 
 
 @dataclass(frozen=True)
+class JointClsAttention(Signal):
+    """Attention of the [CLS] token to each visual token, as one head over all channels.
+
+    `(batch, layers, tokens)`. Queries and keys of all heads count as those of one head: the sum of
+    the heads' products, over the root of all their channels. Softmax over all keys, [CLS]
+    included; its column is left out and the rest is not renormalised. This is the attention of
+    LLaVA-PruMerge (arXiv 2403.15388). It cannot be told from `ClsAttention`, where heads have been
+    through a softmax each and the column of [CLS] is missing, so a tower computes it.
+    """
+
+    layers: Layers
+    axes: ClassVar[str] = "batch layers tokens"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", check_layers(self.layers))
+
+
+@dataclass(frozen=True)
 class LastQueryAttention(Signal):
     """Attention of the last real token of the prompt to each visual token, in an LLM layer.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import ScoreError, ShapeError, SpecError
+from .idle import check_budgets_fall, check_scores_are_read
 from .placement import Placement
 from .plan import Plan
 from .precision import full_precision
@@ -41,6 +42,11 @@ class Reducer(ABC):
     """
 
     needs_scores: ClassVar[bool] = False
+
+    @property
+    def ignores_scores(self) -> bool:
+        """True where no score can change what `plan` decides: a scorer for it alone is refused."""
+        return False
 
     @property
     def signals(self) -> frozenset[Signal]:
@@ -88,7 +94,7 @@ class Strategy:
         steps: scorers and reducers; the last must be a reducer.
 
     Raises:
-        SpecError: steps that cannot work in this order.
+        SpecError: steps that cannot work in this order, or one of which has no effect.
     """
 
     steps: tuple[Scorer | Reducer, ...]
@@ -110,6 +116,8 @@ class Strategy:
                 "a strategy ends with a reducer (evict, ...), got "
                 + (", ".join(type(step).__name__ for step in steps) or "no steps")
             )
+        check_scores_are_read(steps, [isinstance(step, Scorer) for step in steps])
+        check_budgets_fall(step for step in steps if isinstance(step, Reducer))
 
     @property
     def signals(self) -> frozenset[Signal]:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from tokenprune.metric import wide
 from tokenprune.precision import full_precision
 
 _CHUNK = 2**22
@@ -23,11 +24,34 @@ def attention(query: Tensor, keys: Tensor) -> Tensor:
     Returns:
         `(batch, heads, queries, tokens)` float32; rows sum to one.
     """
+    return torch.softmax(products(query, keys), dim=-1)
+
+
+def products(query: Tensor, keys: Tensor) -> Tensor:
+    """`(batch, heads, queries, tokens)` float32: scaled products, of which `attention` is softmax.
+
+    Args:
+        query: as for `attention`.
+        keys: as for `attention`.
+    """
     if keys.shape[1] != query.shape[1]:
         keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
     with full_precision(query.device):
         logits = query.float() @ keys.float().mT
-        return torch.softmax(logits / math.sqrt(query.shape[-1]), dim=-1)
+        return logits / math.sqrt(query.shape[-1])
+
+
+def joint_attention(products: Tensor) -> Tensor:
+    """Attention of one query as one head over all channels, softmax in float64.
+
+    Args:
+        products: `(batch, heads, tokens)` scaled products of ALL heads, all keys among the tokens.
+
+    Returns:
+        `(batch, tokens)` float32; rows sum to one.
+    """
+    total = wide(products).sum(1) / math.sqrt(products.shape[1])
+    return torch.softmax(total, dim=-1).float()
 
 
 def attention_margins(query: Tensor, keys: Tensor, prefix: int) -> tuple[Tensor, Tensor]:

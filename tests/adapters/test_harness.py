@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 import tokenprune
 from tokenprune.errors import SpecError
@@ -17,6 +19,7 @@ from tokenprune_adapters import pocket
 from tokenprune_adapters.harness.account import Account
 from tokenprune_adapters.harness.arguments import read_arguments, unquoted
 from tokenprune_adapters.harness.failing import EvaluationFailedError, fatal
+from tokenprune_adapters.harness.pictures import decode_before
 from tokenprune_adapters.harness.pruned import Pruned
 
 SPECS = [
@@ -217,3 +220,21 @@ def test_prompts_that_keep_everything_do_not_count_as_empty_caches(tmp_path: Pat
     both = Account(2, 2, {}, small.shortened, small.kv_bytes, small.kv_bytes_vanilla, small.latest)
     assert both.means()["kv_bytes"] == small.means()["kv_bytes"] == small.kv_bytes > 0
     assert both.means()["kv_bytes_vanilla"] == small.kv_bytes_vanilla
+
+
+def test_pictures_of_a_task_are_decoded_as_ours_are() -> None:
+    """A processor alone would make 16-bit grey white."""
+    _, processor = pocket.load()
+    scene = pocket.draw(0).picture
+    nothing = Image.new("RGBA", scene.size)
+    page, wide = Image.new("RGB", scene.size, "white"), scene.convert("L").convert("I;16")
+    wide = wide.point(lambda value: value * 257)
+    for shown, wanted in ((nothing, page), (scene, scene), (wide, scene.convert("L"))):
+        alone = processor.image_processor(wanted.convert("RGB"), return_tensors="pt")
+        decoding = pocket.load()[1]
+        decode_before(decoding.image_processor)
+        for images in (shown, [shown], [[shown]]):
+            seen = decoding(images=images, text="USER: <image> ASSISTANT:", return_tensors="pt")
+            assert torch.equal(seen["pixel_values"], alone["pixel_values"])
+    plain = processor.image_processor(wide.convert("RGB"), return_tensors="pt")["pixel_values"]
+    assert not torch.equal(plain, alone["pixel_values"])

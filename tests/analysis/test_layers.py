@@ -252,7 +252,7 @@ def test_scorers_at_other_placements_and_objects() -> None:
 def test_specs_of_scorers() -> None:
     assert scorer_of("random(seed=2)") == (RandomScorer(2), tokenprune.BeforeLLM())
     assert scorer_of("fastv @ after-layer(3)")[1] == AfterLayer(3)
-    assert scorer_of("cls-attention(layers=2) | tome(4)")[0] == ClsAttentionScorer(2)
+    assert scorer_of("cls-attention(layers=2) | evict(4)")[0] == ClsAttentionScorer(2)
     with pytest.raises(SpecError, match="does not start with a scorer; scorers: .*cls-attention"):
         scorer_of("tome(0.5)")
     with pytest.raises(UnknownNameError, match="unknown strategy 'nope'"):

@@ -48,6 +48,10 @@ def test_a_folder_of_pictures(tmp_path: Path) -> None:
         "prompt": ["what ?", "what ?"],
     }
     assert reds(rows) == [1, 2]
+    assert rows.passed_over == (
+        (".hidden.png", "its name begins with a dot"),
+        ("readme.txt", "it does not begin as a picture does"),
+    )
 
 
 def test_json_lines(tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from tokenprune import (
-    ClsAttention,
     Diverse,
     DominantContextual,
     Evict,
     ImportantDiverse,
+    JointClsAttention,
     Keys,
     KMeans,
     Pool,
@@ -159,8 +159,9 @@ def inputs(batch: int, count: int, dtype: torch.dtype = torch.float32) -> Inputs
     features = torch.randn(batch, count, 1024, generator=generator).to(dtype)
     logits = torch.randn(batch, 1, 16, count + 1, generator=generator) * 2
     rows = logits.softmax(-1)[..., 1:]
+    joint = (logits.sum(2) / 4).softmax(-1)[..., 1:]
     keys = torch.randn(batch, 16, count, 64, generator=generator)
-    signals = Signals({ClsAttention((-1,)): rows, Keys(-1): keys, Keys(-2): keys})
+    signals = Signals({JointClsAttention((-1,)): joint, Keys(-1): keys, Keys(-2): keys})
     return VisualTokens.of(features), rows.mean((1, 2)), signals
 
 

@@ -511,6 +511,19 @@ class PlansElsewhere(Scored):
         return Plan(plan.anchors.to("meta"), plan.mask.to("meta"), plan.tokens)
 
 
+@reducer("P15", "says that it ignores scores")
+class BreaksTiesByScore(Budgeted, Reducer):
+    """Reads scores where there are any, and says that it does not."""
+
+    @property
+    def ignores_scores(self) -> bool:
+        return True
+
+    def plan(self, tokens: VisualTokens, scores: Tensor | None, signals: Signals) -> Plan:
+        scores = torch.zeros(tokens.mask.shape) if scores is None else scores
+        return Evict(self.keep).plan(tokens, scores, signals)
+
+
 # Towers -------------------------------------------------------------------------------------------
 
 TOWER, MODEL = cases()

@@ -12,7 +12,15 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from support import llava_next, oracle
 from support.llava import BOS, Row, collate, generate, picture, prompts, tiny_llava
-from tokenprune import AfterLayer, BeforeLLM, ClsAttention, Keys, Placement, Signal
+from tokenprune import (
+    AfterLayer,
+    BeforeLLM,
+    ClsAttention,
+    JointClsAttention,
+    Keys,
+    Placement,
+    Signal,
+)
 from tokenprune.testing import ModelCase, Prompt, TowerCase, parametrize_with_checks
 
 
@@ -52,14 +60,18 @@ def of_tower(prefix: int, tower: Any, inputs: dict[str, Any], signal: Signal) ->
         x = block.layer_norm1(states(tower, inputs, signal.layer - 1))
         keys = block.self_attn.k_proj(x)[:, prefix:]
         return keys.unflatten(2, (block.self_attn.num_heads, -1)).transpose(1, 2)
-    assert isinstance(signal, ClsAttention)
+    assert isinstance(signal, (ClsAttention, JointClsAttention))
     before = tower.config._attn_implementation
     tower.set_attn_implementation("eager")
     maps = tower(**inputs, output_attentions=True).attentions
     tower.set_attn_implementation(before)
     # K = 2 means the two that end at the features, here those of the last but one block.
     numbers = (-3, -2) if isinstance(signal.layers, int) else signal.layers
-    return torch.stack([maps[number][:, :, 0, prefix:] for number in numbers], dim=1)
+    rows = torch.stack([maps[number][:, :, 0] for number in numbers], dim=1)
+    if isinstance(signal, JointClsAttention):  # the whole map has the column of [CLS]
+        heads = rows.shape[2]
+        rows = (rows.double().log().sum(2) / heads**0.5).softmax(-1)
+    return rows[..., prefix:]
 
 
 def towers() -> Iterable[TowerCase]:
@@ -68,7 +80,7 @@ def towers() -> Iterable[TowerCase]:
             f"CLIP with {attention}",
             partial(clip, attention),
             pictures,
-            [ClsAttention(2), ClsAttention((-1, -4)), Keys(-2)],
+            [ClsAttention(2), ClsAttention((-1, -4)), JointClsAttention((-1, -4)), Keys(-2)],
             features=lambda tower, inputs: states(tower, inputs, -2)[:, 1:],
             oracle=partial(of_tower, 1),
         )

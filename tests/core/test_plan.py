@@ -326,6 +326,20 @@ def test_source_of_a_token_with_several_owners_is_the_heaviest_and_an_anchor_its
     assert plan.source().tolist() == [[0, 1, 1]]
 
 
+def test_an_anchor_reports_its_own_slot_though_it_weighs_more_in_another() -> None:
+    """In merging plans too: PruMerge's kept tokens are neighbours of each other."""
+    weights = torch.tensor([[[1.0, 5.0, 0.2, 0.0], [7.0, 1.0, 0.0, 0.3], [0.0, 0.0, 9.0, 0.0]]])
+    plan = Plan(torch.tensor([[0, 1, 3]]), torch.ones(1, 3, dtype=torch.bool), 4, weights)
+    assert plan.source().tolist() == [[0, 1, 2, 2]]  # the last weighs nothing in its own slot
+
+
+def test_fillers_of_short_rows_take_no_token_from_its_slot() -> None:
+    weights = torch.tensor([[[0.2, 0.8, 0.0], [0.0, 0.0, 0.0]], [[1.0, 0.0, 0.0], [0.0, 0.4, 0.6]]])
+    mask = torch.tensor([[True, False], [True, True]])
+    plan = Plan(torch.tensor([[1, 0], [0, 1]]), mask, 3, weights)
+    assert plan.source().tolist() == [[0, 0, -1], [0, 1, 1]]
+
+
 # ------------------------------------------------------------------------------------ errors
 
 YES = torch.ones(1, 2, dtype=torch.bool)

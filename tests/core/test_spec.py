@@ -89,14 +89,16 @@ REDUCERS = [offer.plugin.factory for offer in registry().reducers]
 
 @st.composite
 def stages(draw: st.DrawFn) -> Stage:
-    steps = st.sampled_from([*SCORERS, *REDUCERS]).flatmap(built)
-    scorer = draw(st.sampled_from(SCORERS).flatmap(built))
-    between = draw(st.lists(steps, max_size=3))
-    reducer = draw(st.sampled_from(REDUCERS).flatmap(built))
+    steps: list[Scorer | Reducer] = []
+    for _ in range(draw(st.integers(1, 3))):
+        reducer = draw(st.sampled_from(REDUCERS).flatmap(built))
+        if not reducer.ignores_scores:  # a scorer for others would have no effect
+            steps.append(draw(st.sampled_from(SCORERS).flatmap(built)))
+        steps.append(reducer)
     placement = draw(st.sampled_from([*PLACEMENTS.values()]).flatmap(built))
     try:
-        return Strategy(scorer, *between, reducer).at(placement)
-    except BudgetError:  # nothing left before the LLM
+        return Strategy(*steps).at(placement)
+    except (BudgetError, SpecError):  # nothing left before the LLM, or to reduce
         assume(False)
         raise
 

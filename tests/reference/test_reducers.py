@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tokenprune import (
     DominantContextual,
     Evict,
     ImportantDiverse,
+    JointClsAttention,
     Keys,
     KMeans,
     Plan,
@@ -219,7 +222,8 @@ def attended(kind: str, tokens: int, seed: int, peaks: int) -> tuple[Picture, np
     keys = torch.randn(1, 3, tokens, 2, generator=generator)
     if kind == "repeated":
         keys = keys[:, :, torch.randint(3, (tokens,), generator=generator)]
-    signals = {ClsAttention((-1,)): rows, Keys(-1): keys}
+    joint = torch.from_numpy(plain.single_head(logits.numpy()))[1:].float()[None, None]
+    signals = {ClsAttention((-1,)): rows, JointClsAttention((-1,)): joint, Keys(-1): keys}
     return Picture(picture.features, None, None, signals), logits.numpy()
 
 
@@ -269,6 +273,33 @@ def test_prumerge_with_an_exact_budget(tokens: int, keep: int, plus: bool, norma
     if normalize:
         expected /= expected.sum(1, keepdims=True)
     same(got, expected)
+
+
+@pytest.mark.parametrize("tokens", range(5, 14))
+@pytest.mark.parametrize(("above", "outliers"), [(1.001, 1), (0.999, 0)])
+@pytest.mark.parametrize("first", [True, False])
+def test_quartiles_are_interpolated_between_order_statistics(
+    tokens: int, above: float, outliers: int, first: bool
+) -> None:
+    """The largest attention stands at Tukey's fence, which rounded quartiles would move."""
+    rest = [Fraction((place + 3) ** 2, 4000) for place in range(tokens - 1)]
+
+    def quartile(quarters: int) -> Fraction:
+        below, part = divmod((tokens - 1) * quarters, 4)
+        high = rest[min(below + 1, tokens - 2)]
+        return rest[below] + (high - rest[below]) * Fraction(part, 4)
+
+    fence = float(quartile(3) + Fraction(3, 2) * (quartile(3) - quartile(1)))
+    largest = fence * above
+    assert largest > rest[-1]
+    values = [largest, *map(float, rest)] if first else [*map(float, rest[::-1]), largest]
+    row = torch.tensor(values)[None, None, None]
+    keys = torch.randn(1, 1, tokens, 2, generator=torch.Generator().manual_seed(0))
+    signals = Signals({ClsAttention((-1,)): row, Keys(-1): keys})
+    x = VisualTokens.of(torch.rand(1, tokens, 2))
+    plan = PruMerge(heads="mean", neighbours=0).plan(x, None, signals)
+    assert plan.lengths == (outliers + 1,)  # and the extra token
+    assert (values.index(largest) in plan.anchors[0].tolist()) or not outliers
 
 
 def test_outliers_do_not_depend_on_the_scale_of_attention() -> None:
@@ -391,3 +422,16 @@ def test_later_reducers_see_what_earlier_ones_left() -> None:
         same(reduction.plan.dense()[row].double().numpy(), second @ first)
     assert reduction.tokens.sizes.sum(1).tolist() == [32, 32]
     assert torch.allclose(reduction.tokens.features, reduction.plan(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("protected", [0, 3, 7])
+def test_tome_counts_even_and_odd_among_the_tokens_that_are_not_protected(protected: int) -> None:
+    """The authors count among all, so that a token in front turns the pairs round."""
+    x = Picture.draw("normal", 8, 6).features
+    marked = torch.zeros(1, 8, dtype=torch.bool)
+    marked[0, protected] = True
+    others = [slot for slot in range(8) if slot != protected]
+    plan = ToMe(5).plan(VisualTokens.of(x[None], protected=marked), None, Signals())
+    expected = plain.tome(x[others].double().numpy(), np.ones(7), 4)
+    rows = plan.dense()[0].double().numpy()
+    same(rows[rows[:, protected] == 0][:, others], expected)

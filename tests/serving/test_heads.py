@@ -17,6 +17,7 @@ from tokenprune_adapters.vllm_serving.tower import ClipTaps
 SPECS = [
     "cls-attention(layers=3) | evict(6)",
     "cls-attention(layers=(-2, 0), ensemble='max') | evict(6)",
+    "prumerge(6, layer=-2)",
     "received-attention(layers=2) | dominant-contextual(6, contextual=0.5, layer=-2)",
 ]
 

@@ -31,7 +31,7 @@ from tokenprune import (
     VisualTokens,
     parse,
 )
-from tokenprune.signals import ClsAttention, Keys
+from tokenprune.signals import ClsAttention, JointClsAttention, Keys
 from tokenprune_adapters import vllm_serving
 from tokenprune_adapters.vllm_serving.served import ARCHITECTURE, KEY, Served, check_engine
 
@@ -63,10 +63,11 @@ def seen(batch: int, tokens: int = TOKENS) -> tuple[VisualTokens, Signals]:
         signal: torch.rand(batch, layers, 4, tokens, generator=made)
         for signal, layers in ((ClsAttention(3), 3), (ClsAttention((-2,)), 1))
     }
+    joint = torch.rand(batch, 1, tokens, generator=made)
     keys = torch.randn(batch, 4, tokens, 4, generator=made)
     return (
         VisualTokens.of(features, ids=torch.arange(batch)),
-        Signals({**signals, Keys(-2): keys}),
+        Signals({**signals, JointClsAttention((-2,)): joint, Keys(-2): keys}),
     )
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from ..errors import TokenpruneError
+from ..folders import list_pictures
+from ..pictures import PictureError, read_picture
 
-PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 DESCRIBE = "Describe the image in one sentence."
+_NAMED = 5  # files that a message names before it counts
 
 
 class DataError(TokenpruneError, ValueError):
@@ -50,43 +53,16 @@ class Sample:
         object.__setattr__(self, "group", self.group or self.id)
 
     def picture(self) -> Image.Image:
-        """The picture in RGB.
+        """The picture in RGB (see `tokenprune.pictures`).
 
         Raises:
-            DataError: the file is missing or no picture.
+            DataError: the file is missing, no picture, or its numbers have no sure meaning.
         """
+        named = isinstance(self.image, str | Path)
         try:
-            image = self.image if isinstance(self.image, Image.Image) else Image.open(self.image)
-            return upright(image).convert("RGB")
-        except UnidentifiedImageError as error:
-            raise DataError(f"{self.image} is not a picture that Pillow can read") from error
-        except OSError as error:
-            raise DataError(f"cannot read the picture {self.image}: {error}") from error
-
-
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """`image` turned as its EXIF data says, as transformers and vLLM open pictures.
-
-    Cameras store what the sensor saw, and beside it how they were held. Pillow's `exif_transpose`
-    also writes the EXIF data anew, and fails where it cannot, as with tags of the wrong type.
-    """
-    image.load()  # decoders of some formats turn the picture themselves
-    try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a picture whose EXIF data is damaged is a picture all the same
-        turn = None
-    return image if turn is None else image.transpose(turn)
+            return read_picture(self.image, None if named else f"of {self.id!r}")
+        except PictureError as error:
+            raise DataError(str(error)) from error
 
 
 def read(path: Path | str, prompt: str = DESCRIBE) -> list[Sample]:
@@ -94,7 +70,8 @@ def read(path: Path | str, prompt: str = DESCRIBE) -> list[Sample]:
 
     A line is an object with `image` (a file name, relative to the JSON lines) and `question`, and
     may have `answers` (a list) or `answer`, `type` and `id`. A folder that holds one `.jsonl` file
-    is that file; without one, every picture in it is asked `prompt`.
+    is that file; without one, every picture in it is asked `prompt`, and a warning names what is
+    passed over.
 
     Args:
         path: a `.jsonl` file or a folder.
@@ -158,10 +135,18 @@ def _spread(samples: list[Sample], count: int) -> list[Sample]:
 
 
 def _pictures(folder: Path, prompt: str) -> list[Sample]:
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
-    if not files:
-        raise DataError(f"{folder} holds neither a .jsonl file nor pictures")
-    return [Sample(file.name, file, prompt, group=file.name) for file in files]
+    listing = list_pictures(folder, deep=False)
+    others = [f"{name} ({why})" for name, why in listing.passed_over]
+    if len(others) > _NAMED:
+        others[_NAMED:] = [f"and {len(others) - _NAMED} more"]
+    if not listing.pictures:
+        raise DataError(
+            f"{folder} holds neither a .jsonl file nor pictures"
+            + (f", but {', '.join(others)}" if others else "")
+        )
+    if others:
+        warnings.warn(f"passed over in {folder}: {', '.join(others)}", stacklevel=3)
+    return [Sample(name, folder / name, prompt, group=name) for name in listing.pictures]
 
 
 def _lines(path: Path) -> Iterator[Sample]:

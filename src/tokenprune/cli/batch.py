@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..folders import PassedOver
 from .console import console
 from .loading import CommandError
 
@@ -74,6 +75,7 @@ def run(request: Request) -> None:
             save_every=request.save_every,
             progress=lambda done, bad: bar.update(task, completed=done, bad=bad),
         )
+    _tell_passed_over(rows.passed_over, out)
     _summary(output, time.perf_counter() - start, out)
 
 
@@ -114,6 +116,16 @@ def _bar(out: Console) -> Progress:
         TimeRemainingColumn(),
         console=out,
     )
+
+
+def _tell_passed_over(passed_over: PassedOver, out: Console) -> None:
+    """Files of the folder that belong to no row; the output's metadata has all of them."""
+    for name, why in passed_over[:SHOWN]:
+        shown = name.encode(errors="backslashreplace").decode()
+        out.print(f"passed over    {shown}: {why}", markup=False, soft_wrap=True)
+    if len(passed_over) > SHOWN:
+        more = len(passed_over) - SHOWN
+        out.print(f"               and {more} more, see 'passed_over' in the output's metadata")
 
 
 def _summary(output: Path, seconds: float, out: Console) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 
-from ..bench.data import upright
 from ..bench.prompting import prompter
 from ..errors import TokenpruneError
+from ..pictures import PictureError, read_picture
 
 if TYPE_CHECKING:
+    from PIL import Image
     from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 
@@ -101,13 +101,15 @@ def _read(kind: str, path: str, **options: str) -> Any:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """The picture in a file, in RGB."""
+    """The picture in a file, in RGB (see `tokenprune.pictures`).
+
+    Raises:
+        CommandError: it cannot be read, or its numbers have no sure meaning.
+    """
     try:
-        return upright(Image.open(path)).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise CommandError(f"{path} is not a picture that Pillow can read") from error
-    except OSError as error:  # e.g. cut short
-        raise CommandError(f"cannot read the picture {path}: {error}") from error
+        return read_picture(path)
+    except PictureError as error:
+        raise CommandError(str(error)) from error
 
 
 def quiet() -> None:

@@ -60,8 +60,16 @@ class DominantContextual(Budgeted, Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_metric(self.metric)
+        check_metric(self.metric, self.layer, type(self).layer)
         object.__setattr__(self, "contextual", Keep(self.contextual).amount)
+
+    @property
+    def ignores_scores(self) -> bool:
+        """Whether all that stays is contextual, so that nothing is ranked."""
+        share, keep = self.contextual, self.keep
+        if isinstance(share, float):
+            return share == 1
+        return isinstance(keep, int) and share >= keep
 
     @property
     def signals(self) -> frozenset[Signal]:

@@ -52,6 +52,10 @@ class KMeans(Budgeted, Reducer):
         check_whole("seed", self.seed, 0)
         check_whole("iterations", self.iterations, 0)
 
+    @property
+    def ignores_scores(self) -> bool:
+        return True
+
     def plan(self, tokens: VisualTokens, scores: Tensor | None, signals: Signals) -> Plan:
         counts = kept_counts(self.budget, tokens)
         if counts == tokens.lengths:

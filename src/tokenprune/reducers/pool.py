@@ -46,6 +46,10 @@ class Pool(Budgeted, Reducer):
             raise SpecError(f"grid must have at least one row and column, got {self.grid!r}")
         object.__setattr__(self, "grid", grid)
 
+    @property
+    def ignores_scores(self) -> bool:
+        return True
+
     def plan(self, tokens: VisualTokens, scores: Tensor | None, signals: Signals) -> Plan:
         counts = kept_counts(self.budget, tokens)
         if counts == tokens.lengths:

@@ -10,12 +10,12 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from ..budget import Keep, KeepLike, Per
+from ..budget import Budgeted, Keep, KeepLike
 from ..errors import BudgetError
 from ..fields import check_choice, check_whole
 from ..metric import cosine_to_all, wide
 from ..plan import Plan
-from ..signals import ClsAttention, Keys, Signal, Signals
+from ..signals import ClsAttention, JointClsAttention, Keys, Signal, Signals
 from ..strategy import Reducer
 from ..tokens import VisualTokens
 from .rows import Free, column, first_of, kept_counts, marked_first
@@ -25,7 +25,7 @@ Heads: TypeAlias = Literal["joint", "mean"]
 
 
 @dataclass(frozen=True)
-class _Merging:
+class _Merging(Budgeted):
     """The fields that both variants share.
 
     Args:
@@ -46,8 +46,7 @@ class _Merging:
         "P10": "the paper's weights do not sum to one",
     }
 
-    keep: KeepLike | None = None
-    per: Per = "image"
+    keep: KeepLike | None = None  # type: ignore[assignment]  # the picture decides
     layer: int = -1
     heads: Heads = "joint"
     neighbours: int = 32
@@ -57,18 +56,25 @@ class _Merging:
         if self.keep is None:
             Keep(1.0, self.per)  # checks per
         else:
-            budget = self.keep if isinstance(self.keep, Keep) else Keep(self.keep, self.per)
-            if budget.amount == 0:
+            super().__post_init__()
+            if self.keep == 0:
                 raise BudgetError("keep must be at least 1: merging always leaves the extra token")
-            object.__setattr__(self, "keep", budget.amount)
-            object.__setattr__(self, "per", budget.per)
         check_choice("heads", self.heads, get_args(Heads))
         check_whole("neighbours", self.neighbours, 0)
 
     @property
+    def ignores_scores(self) -> bool:
+        return True
+
+    @property
     def signals(self) -> frozenset[Signal]:
         """[CLS] attention and keys of one layer."""
-        return frozenset({ClsAttention((self.layer,)), Keys(self.layer)})
+        return frozenset({self._row, Keys(self.layer)})
+
+    @property
+    def _row(self) -> Signal:
+        layers = (self.layer,)
+        return JointClsAttention(layers) if self.heads == "joint" else ClsAttention(layers)
 
     def seats(self, tokens: VisualTokens) -> tuple[int, ...] | None:
         """Tokens that stay per row, or None where the picture decides."""
@@ -79,12 +85,10 @@ class _Merging:
 
     def attention(self, tokens: VisualTokens, signals: Signals) -> Tensor:
         """`(batch, tokens)` float32 > 0 on free tokens, 0 elsewhere."""
-        rows = signals[ClsAttention((self.layer,))][:, 0]
+        attention = signals[self._row][:, 0].float()
         free = tokens.mask & ~tokens.protected
         if self.heads == "mean":
-            attention = reduce(rows.float(), "batch heads tokens -> batch tokens", "mean")
-        else:
-            attention = _joint(rows, tokens.mask)
+            attention = reduce(attention, "batch heads tokens -> batch tokens", "mean")
         # Attention may underflow; who is merged must not depend on that.
         tiny = torch.finfo(torch.float32).tiny
         return torch.where(free, attention.clamp(min=tiny), 0)
@@ -165,26 +169,6 @@ class PruMergePlus(_Merging, Reducer):
             samples = [count - t for count, t in zip(chosen, top, strict=True)]
             kept = kept | _spread(free.mask & ~kept, left, samples)
         return _merge(self, tokens, signals, attention, kept, seats)
-
-
-def _joint(rows: Tensor, mask: Tensor) -> Tensor:
-    """Attention as one head over all channels, from the rows of the heads.
-
-    Per head a row is softmax(q k / sqrt(d)), so the logs of the rows give the products back up to
-    a constant, and their sum over heads / sqrt(heads) gives those of one head with all channels.
-    [CLS] itself has what is missing to 1.
-
-    Args:
-        rows: `(batch, heads, tokens)`.
-        mask: `(batch, tokens)` bool.
-    """
-    rows = torch.where(mask[:, None, :], wide(rows), 0)
-    tiny = torch.finfo(torch.float32).tiny
-    own = (1 - rows.sum(2, keepdim=True)).clamp(min=tiny)
-    logits = torch.cat([rows.clamp(min=tiny), own], dim=2).log().sum(1) / rows.shape[1] ** 0.5
-    logits[:, :-1].masked_fill_(~mask, -torch.inf)
-    joint: Tensor = logits.softmax(1)[:, :-1].float()
-    return joint
 
 
 def _outliers(attention: Tensor, free: Free) -> Tensor:

@@ -11,7 +11,7 @@ from einops import reduce
 from torch import Tensor
 
 from ..budget import Keep
-from ..fields import check_choice
+from ..fields import check_choice, check_read
 from ..metric import moderate
 from ..signals import Keys, Signal, Signals
 from ..tokens import VisualTokens
@@ -106,9 +106,17 @@ def take_rows(x: Tensor, slots: Tensor) -> Tensor:
     return taken.reshape(*slots.shape, x.shape[2])
 
 
-def check_metric(metric: str) -> None:
-    """Refuse an unknown metric."""
+def check_metric(metric: str, layer: int, default: int) -> None:
+    """Refuse an unknown metric, and a layer where no keys are read.
+
+    Args:
+        metric: what similarity is measured on.
+        layer: the layer whose keys are read.
+        default: what `layer` is where nobody gave it.
+    """
     check_choice("metric", metric, get_args(Metric))
+    if metric == "features":
+        check_read("layer", layer, default, "metric='features' reads no keys", "metric='keys'")
 
 
 def metric_signals(metric: Metric, layer: int) -> frozenset[Signal]:

@@ -51,7 +51,11 @@ class ToMe(Budgeted, Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_metric(self.metric)
+        check_metric(self.metric, self.layer, type(self).layer)
+
+    @property
+    def ignores_scores(self) -> bool:
+        return True
 
     @property
     def signals(self) -> frozenset[Signal]:

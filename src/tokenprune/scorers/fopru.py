@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from ..fields import check_choice, check_whole
+from ..fields import check_choice, check_read, check_whole
 from ..metric import wide
 from ..signals import GivenAttention, Layers, ReceivedAttention, Signal, Signals, check_layers
 from ..strategy import Scorer
@@ -43,6 +43,8 @@ class FoPruScorer(Scorer):
         object.__setattr__(self, "layers", check_layers(self.layers))
         check_choice("mode", self.mode, get_args(Mode))
         check_whole("columns", self.columns, 1, or_none=True)
+        if self.mode == "rank":
+            check_read("columns", self.columns, None, "mode='rank' has no rows", "mode='row'")
 
     @property
     def signals(self) -> frozenset[Signal]:

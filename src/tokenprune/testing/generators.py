@@ -21,6 +21,7 @@ from ..plan import Plan
 from ..signals import (
     ClsAttention,
     GivenAttention,
+    JointClsAttention,
     LastQueryAttention,
     PoolAttention,
     ReceivedAttention,
@@ -232,6 +233,7 @@ def _size(draw: DrawFn, name: str, signal: Signal, tokens: VisualTokens) -> int:
 for _kind in (
     ClsAttention,
     GivenAttention,
+    JointClsAttention,
     LastQueryAttention,
     PoolAttention,
     ReceivedAttention,

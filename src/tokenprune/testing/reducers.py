@@ -1,6 +1,8 @@
-"""P1 to P14: what every reducer promises, and what follows from it for plans."""
+"""P1 to P15: what every reducer promises, and what follows from it for plans."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from torch import Tensor
 from ..budget import Keep
 from ..plan import Plan
 from .cases import ReducerCase
-from .generators import budgets, inputs_for
+from .generators import budgets, inputs_for, scores_for
 from .inputs import Inputs, same_bits
 from .probes import ignores_others, on_devices, reads_only, seeded, untouched
 from .promises import for_all, promise, require
@@ -364,6 +366,27 @@ def check_p14_inputs_are_untouched(case: ReducerCase) -> None:
             got = {part.device for part in parts}
             require(got == {expected}, f"{case.name} moved a plan from {expected} to {got}")
         ignores_others(case.name, inputs, decide, _same)
+
+
+@promise(ReducerCase)
+def check_p15_scores_are_ignored_where_it_says_so(case: ReducerCase) -> None:
+    """A reducer that says it ignores scores decides the same with any and without."""
+
+    def scored(inputs: Inputs) -> SearchStrategy[tuple[Inputs, Tensor]]:
+        return scores_for(inputs.tokens, infinite=True).map(lambda scores: (inputs, scores))
+
+    @for_all(st.tuples(inputs_for(case.reducer).flatmap(scored), budgets()))
+    def holds(call: tuple[tuple[Inputs, Tensor], int | float]) -> None:
+        (inputs, scores), keep = call
+        if not case.keeping(keep).ignores_scores:
+            return
+        plain = case.plan(inputs, keep)
+        other = case.plan(replace(inputs, scores=scores), keep)
+        require(
+            _same(plain, other),
+            f"{case.name} says that it ignores scores, but {scores.tolist()} changed {plain} to "
+            f"{other}",
+        )
 
 
 def _same(a: Plan, b: Plan) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tokenprune.folders import PassedOver
 
 from .errors import ResumeError
 from .job import Job
@@ -80,8 +83,13 @@ class Parts:
             path = self.folder / f"part-{named}.parquet"
             _replace(path, lambda unfinished: pq.write_table(table, unfinished), self.folder)
 
-    def join(self, table: pa.Table) -> None:
-        """Write the output, in the order of `table`, every row once."""
+    def join(self, table: pa.Table, passed_over: PassedOver = ()) -> None:
+        """Write the output, in the order of `table`, every row once.
+
+        Args:
+            table: the rows.
+            passed_over: files that belong to no row, and why; noted in the file's metadata.
+        """
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
@@ -100,7 +108,8 @@ class Parts:
                 f"others are in {self.folder}: run the same command again"
             )
         places = places.combine_chunks()
-        schema = _schema(pa.string()).with_metadata({"tokenprune": self.job.written})
+        notes = {"tokenprune": self.job.written, "passed_over": json.dumps(passed_over)}
+        schema = _schema(pa.string()).with_metadata(notes)
 
         def write(unfinished: Path) -> None:
             with pq.ParquetWriter(unfinished, schema) as file:

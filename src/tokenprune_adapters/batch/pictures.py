@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tokenprune.bench.data import upright
+from tokenprune.pictures import PictureError as Unreadable
+from tokenprune.pictures import Source, read_picture
 
 from .cells import cell, is_cell
 from .errors import PictureError
 
 
 def picture_of(value: object, root: str = "") -> Image.Image:
-    """The picture that `value` stands for, in RGB, turned as its EXIF data says.
+    """The picture that `value` stands for, in RGB, upright (see `tokenprune.pictures`).
 
     Args:
         value: name of a file, or of a cell (``"shard.parquet#17"``); an encoded file's bytes; a
@@ -35,9 +36,9 @@ def picture_of(value: object, root: str = "") -> Image.Image:
     if isinstance(value, bytes | bytearray | memoryview):
         return _decoded(io.BytesIO(value), "its bytes")
     if isinstance(value, np.ndarray) and _are_pixels(value):
-        return Image.fromarray(value).convert("RGB")
+        return _decoded(Image.fromarray(value), "its pixels")
     if isinstance(value, Image.Image):
-        return upright(value).convert("RGB")
+        return _decoded(value, "its pixels")
     if value is None:
         raise PictureError("the row has no picture")
     got = type(value).__name__
@@ -64,11 +65,8 @@ def _named(name: str, root: str) -> Image.Image:
     return _decoded(place, name)
 
 
-def _decoded(source: str | io.BytesIO, shown: str) -> Image.Image:
+def _decoded(source: Source, shown: str) -> Image.Image:
     try:
-        with Image.open(source) as opened:
-            picture = upright(opened).convert("RGB")  # decodes all of it, damage shows here
-    except Exception as error:  # decoders raise whatever they like on damaged files
-        said = str(error) or type(error).__name__
-        raise PictureError(f"cannot read a picture from {shown}: {said}") from error
-    return picture
+        return read_picture(source, shown)
+    except Unreadable as error:
+        raise PictureError(f"cannot read a picture from {shown}: {error.reason}") from error

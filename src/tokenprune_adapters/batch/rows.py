@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cells import COLUMN, cell_name
+from tokenprune.folders import PassedOver, files_of, list_pictures
+
+from .cells import COLUMN, cell_name, is_cell
 from .errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-PICTURES = frozenset(
-    (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
-)
 SHARDS = frozenset((".jsonl", ".ndjson", ".parquet"))
 PROMPTS = ("prompt", "question")
+NAMED = 3  # files that an error names
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,22 @@ class Rows:
         table: strings `id`, `image` (a name, see `picture_of`; or null) and `prompt`, one row each.
         root: absolute folder that names of pictures are relative to.
         stamp: changes when rows, or the parquet files with pictures, change.
+        passed_over: files of the folder that belong to no row, and why, in order.
     """
 
     table: pa.Table
     root: str
     stamp: str
+    passed_over: PassedOver = ()
 
 
 def read_rows(source: Path, prompt: str | None = None) -> Rows:
     """The rows of a folder of pictures, of JSON lines or a parquet file, or a folder of such files.
 
-    Pictures of a folder are rows with the file's name as id. JSON lines and parquet files have
-    `image`, `prompt` (or `question`) and `id`; a row without an id gets the name of its file and
-    its number, as in ``"cats.jsonl#17"``. Pictures themselves are not read.
+    Pictures of a folder are rows with the file's name as id, those without an ending too; files
+    that belong to no row are in `passed_over`. JSON lines and parquet files have `image`, `prompt`
+    (or `question`) and `id`; a row without an id gets the name of its file and its number, as in
+    ``"cats.jsonl#17"``. Pictures themselves are not read.
 
     Args:
         source: what to read.
@@ -58,33 +62,56 @@ def read_rows(source: Path, prompt: str | None = None) -> Rows:
         raise InputError(f"there is no {source}; give a folder of pictures, .jsonl or .parquet")
     root = source if source.is_dir() else source.parent
     shards = sorted(_shards(source))
+    passed_over: PassedOver = ()
     if shards:
         found = [row for shard in shards for row in _rows(shard, root)]
     elif source.is_dir():
-        found = [(name, name, None) for name in sorted(_pictures(source))]
+        listing = list_pictures(source)
+        passed_over = tuple(map(_said_of_shards, listing.passed_over))
+        found = [(name, name, None) for name in listing.pictures]
     else:
         raise InputError(f"{source.name} is no .jsonl, no .parquet and no folder of pictures")
     if not found:
-        raise InputError(f"{source} has no rows: no pictures, no .jsonl, no .parquet")
+        named = "".join(f"; passed over {name}: {why}" for name, why in passed_over[:NAMED])
+        raise InputError(f"{source} has no rows: no pictures, no .jsonl, no .parquet{named}")
     filled = [(key, image, prompt if own is None else own) for key, image, own in found]
     _check(filled)
     _check_unicode(filled)
     ids, images, prompts = zip(*filled, strict=True)
+    if shards and source.is_dir():
+        passed_over = _beside(source, shards, images)
     columns = {"id": ids, "image": images, "prompt": prompts}
     table = pa.table({name: pa.array(column, pa.string()) for name, column in columns.items()})
-    return Rows(table, str(root), _stamp(table, shards))
+    return Rows(table, str(root), _stamp(table, shards), passed_over)
 
 
 def _shards(source: Path) -> Iterator[Path]:
     for path in source.iterdir() if source.is_dir() else [source]:
-        if path.is_file() and path.suffix.lower() in SHARDS and not path.name.startswith("."):
-            yield path
+        if path.suffix.lower() in SHARDS and not path.name.startswith("."):
+            if path.is_symlink() and not path.exists():
+                raise InputError(f"{path.name} is a link to nothing; mend it, or take it away")
+            if path.is_file():
+                yield path
 
 
-def _pictures(folder: Path) -> Iterator[str]:
-    for path in folder.rglob("*"):
-        if path.suffix.lower() in PICTURES and not path.name.startswith(".") and path.is_file():
-            yield path.relative_to(folder).as_posix()
+def _said_of_shards(passed_over: tuple[str, str]) -> tuple[str, str]:
+    """What `list_pictures` says, but rows in a folder below are not what it takes them for."""
+    path = Path(passed_over[0])
+    if path.suffix.lower() not in SHARDS or path.name.startswith("."):
+        return passed_over
+    return passed_over[0], "rows are read from files of the folder itself, not from folders below"
+
+
+def _beside(folder: Path, shards: list[Path], images: Sequence[str | None]) -> PassedOver:
+    """Files of `folder` that hold no rows and that no row names, with reasons."""
+    known = {os.path.normpath(folder / image) for image in images if image is not None}
+    known |= {str(shard) for shard in shards}
+    cells = any(image is not None and is_cell(image) for image in images)
+    why = "rows are read from .jsonl and .parquet files of the folder itself, and none names it"
+    if cells:
+        why = "no row names it by a text (what cells of parquet files hold is read later)"
+    left = [(n, w or why) for n, w in files_of(folder) if str(folder / n) not in known]
+    return tuple(sorted(left))
 
 
 _Row = tuple[str, "str | None", "str | None"]

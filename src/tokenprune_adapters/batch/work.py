@@ -55,6 +55,6 @@ def answer_all(
                     progress(done, bad)
             finally:  # what is there is worth keeping, whatever went wrong
                 parts.flush()
-            parts.join(rows.table)
+            parts.join(rows.table, rows.passed_over)
     # Not under the lock, which is in there: network file systems keep a folder with an open file.
     shutil.rmtree(folder_of(output), ignore_errors=True)

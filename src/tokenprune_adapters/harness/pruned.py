@@ -17,6 +17,7 @@ from ..wrapping import wrap_method
 from .account import Account
 from .arguments import read_arguments, unquoted
 from .failing import fatal
+from .pictures import decode_before
 
 
 class Pruned:
@@ -27,6 +28,7 @@ class Pruned:
     """
 
     model: nn.Module
+    _image_processor: Any = None
     task_dict: dict[str, Any]
 
     @classmethod
@@ -61,6 +63,9 @@ class Pruned:
                 )
             kwargs.setdefault("device_map", self._device_map(str(kwargs.get("device", "cuda"))))
             super().__init__(*args, **kwargs)
+            image_processor = getattr(self._image_processor, "image_processor", None)
+            if image_processor is not None:
+                decode_before(image_processor)
             self._attachment = tokenprune.attach(self.model, *stages)
             self._guard = next(iter(wrap_method(self.model, "generate", self._generating)))
             self._account = Account()

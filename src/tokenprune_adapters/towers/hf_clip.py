@@ -15,6 +15,7 @@ from tokenprune.errors import AttachError
 from tokenprune.signals import (
     ClsAttention,
     GivenAttention,
+    JointClsAttention,
     Keys,
     PoolAttention,
     ReceivedAttention,
@@ -34,7 +35,7 @@ class _EncoderTower(TowerAdapter):
 
     def provides(self, tower: nn.Module) -> frozenset[type[Signal]]:
         common: frozenset[type[Signal]] = frozenset({Keys, ReceivedAttention, GivenAttention})
-        cls: set[type[Signal]] = {ClsAttention} if self.prefix else set()
+        cls: set[type[Signal]] = {ClsAttention, JointClsAttention} if self.prefix else set()
         pool: set[type[Signal]] = {PoolAttention} if _pool(tower) is not None else set()
         return common | cls | pool
 

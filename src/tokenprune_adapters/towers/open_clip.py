@@ -14,12 +14,14 @@ from tokenprune.errors import UnsupportedError
 from tokenprune.signals import (
     ClsAttention,
     GivenAttention,
+    JointClsAttention,
     Keys,
     PoolAttention,
     ReceivedAttention,
     Signal,
 )
 
+from ..rows import joint_attention
 from .projections import Projections, Turn
 from .taps import Reading
 
@@ -74,7 +76,7 @@ class Vit:
     def block_signals(self) -> frozenset[type[Signal]]:
         """What its blocks can give."""
         common: frozenset[type[Signal]] = frozenset({Keys, ReceivedAttention, GivenAttention})
-        return common | {ClsAttention} if self.has_cls else common
+        return common | {ClsAttention, JointClsAttention} if self.has_cls else common
 
     def check_call(self) -> None:
         """Refuse a pass in which patches are missing at random."""
@@ -209,6 +211,9 @@ class _BlockTap(NotCopyable):
         scratch, number = self.observation.scratch, self.number
         if ClsAttention in self.kinds:
             scratch[ClsAttention, number] = made.first_row(x, x, turn)[:, :, prefix:]
+        if JointClsAttention in self.kinds:
+            row = joint_attention(made.first_products(x, x, turn))
+            scratch[JointClsAttention, number] = row[:, prefix:]
         if Keys in self.kinds:
             scratch[Keys, number] = made.keys(x)[:, :, prefix:]
         if {ReceivedAttention, GivenAttention} & self.kinds:

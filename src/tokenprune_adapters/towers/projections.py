@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tokenprune.errors import UnsupportedError
 from tokenprune.precision import full_precision
 
-from ..rows import attention, attention_margins
+from ..rows import attention_margins, products
 
 _QUERY_KEY = {
     "in_proj_weight",
@@ -151,19 +151,26 @@ class Projections:
         Returns:
             `(batch, heads, tokens)` float32; rows sum to one.
         """
+        return torch.softmax(self.first_products(asking, context, turn), dim=-1)
+
+    def first_products(self, asking: Tensor, context: Tensor, turn: Turn | None = None) -> Tensor:
+        """Scaled products behind `first_row`, `(batch, heads, tokens)` float32.
+
+        Those of a head may all be off by one constant, which no softmax sees.
+        """
         query = self.query(asking[:, :1], self.heads)
         if not self.is_bilinear or turn is not None:
             key = self.keys(context)
             if turn is not None:
                 query, key = turn(query), turn(key)
-            return attention(query, key)[:, :, 0]
+            return products(query, key)[:, :, 0]
         with full_precision(context.device):
-            # q . (W x + b) = (W' q) . x + a constant, which the softmax does not see: instead of
+            # q . (W x + b) = (W' q) . x + a constant per head: instead of
             # the keys of all tokens, one vector per head is projected.
             weight = rearrange(self.key.weight.float(), "(h c) w -> h c w", h=self.heads)
             absorbed = einsum(query.float(), weight, "b h q c, h c w -> b h q w").squeeze(2)
             logits = absorbed @ context.float().mT
-            return torch.softmax(logits / math.sqrt(query.shape[-1]), dim=-1)
+            return logits / math.sqrt(query.shape[-1])
 
     def keys(self, x: Tensor) -> Tensor:
         """`(batch, heads, tokens, channels)`, before any rotation."""

@@ -12,6 +12,7 @@ from tokenprune.errors import ShapeError
 from tokenprune.signals import (
     ClsAttention,
     GivenAttention,
+    JointClsAttention,
     Keys,
     PoolAttention,
     ReceivedAttention,
@@ -21,7 +22,7 @@ from tokenprune.signals import (
 from tokenprune.tokens import VisualTokens
 
 from ..fingerprint import fingerprint
-from ..rows import attention, attention_margins
+from ..rows import attention, attention_margins, joint_attention, products
 
 Answers = dict[Signal, Tensor]
 
@@ -105,6 +106,7 @@ def read_block(
     query: Tensor,
     keys: Tensor,
     prefix: int,
+    whole: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Leave in `scratch` what is wanted of one attention block.
 
@@ -115,11 +117,17 @@ def read_block(
         query: `(batch, heads, queries, channels)`, [CLS] first where its row is wanted.
         keys: `(batch, heads, prefix + tokens, channels)`.
         prefix: tokens before the patches.
+        whole: makes `(batch, all heads, tokens)` of the same with the heads of this process; None
+            where it has all.
     """
     if Keys in kinds:
         scratch[Keys, number] = keys[:, :, prefix:]
     if ClsAttention in kinds:
         scratch[ClsAttention, number] = attention(query[:, :, :1], keys)[:, :, 0, prefix:]
+    if JointClsAttention in kinds:
+        made = products(query[:, :, :1], keys)[:, :, 0]
+        row = joint_attention(made if whole is None else whole(made))
+        scratch[JointClsAttention, number] = row[:, prefix:]
     if {ReceivedAttention, GivenAttention} & kinds:
         received, given = attention_margins(query, keys, prefix)
         scratch[ReceivedAttention, number] = received

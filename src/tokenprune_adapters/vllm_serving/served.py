@@ -16,7 +16,14 @@ from tokenprune.attach import check_signals
 from tokenprune.budget import Keep
 from tokenprune.errors import AttachError, BudgetError, SpecError, UnsupportedError
 from tokenprune.placement import BeforeLLM
-from tokenprune.signals import ClsAttention, GivenAttention, Keys, ReceivedAttention, Signals
+from tokenprune.signals import (
+    ClsAttention,
+    GivenAttention,
+    JointClsAttention,
+    Keys,
+    ReceivedAttention,
+    Signals,
+)
 from tokenprune.spec import parse_schedule, shown
 from tokenprune.strategy import Reducer, Stage, Strategy
 from tokenprune.tokens import VisualTokens
@@ -31,7 +38,7 @@ ARCHITECTURE = "TokenpruneLlavaForConditionalGeneration"
 KEY = "tokenprune"
 """Name of our settings, in `hf_overrides` and in a request's `mm_processor_kwargs`."""
 
-PROVIDED = frozenset({ClsAttention, GivenAttention, Keys, ReceivedAttention})
+PROVIDED = frozenset({ClsAttention, GivenAttention, JointClsAttention, Keys, ReceivedAttention})
 """What can be read from vLLM's CLIP tower."""
 
 

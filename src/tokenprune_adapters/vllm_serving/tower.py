@@ -44,6 +44,7 @@ class ClipTaps(NotCopyable):
         # With mm_encoder_tp_mode="data" every process has all heads, of pictures of its own.
         shared = layers[self.reading.feature_layer].self_attn.tp_size > 1
         self._whole = partial(gather_heads, gather=gather) if shared else None
+        self._heads = (lambda x: gather(x.contiguous(), 1)) if shared else None
         tower.register_forward_hook(self._finish)
 
     def _begin(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -60,7 +61,7 @@ class ClipTaps(NotCopyable):
     ) -> None:
         split = "batch tokens (which heads channels) -> which batch heads tokens channels"
         query, keys, _ = rearrange(output[0].detach(), split, which=3, heads=heads)
-        read_block(self.observation.scratch, number, kinds, query, keys, CLS)
+        read_block(self.observation.scratch, number, kinds, query, keys, CLS, self._heads)
 
     def _features(self, layer: nn.Module, args: object, output: Tensor) -> None:
         self.reading.features(output[:, CLS:])

@@ -179,12 +179,25 @@ def test_detaching_restores_the_method_and_the_outputs(model: Any) -> None:
     [
         ("cls-attention | evict(5, per='frame')", "has no frames"),
         ("cls-attention | evict(5, per='crop') | tome(3)", "must share per"),
+        ("prumerge(5, per='frame')", "has no frames"),
+        ("prumerge(5, per='crop') | tome(3)", "must share per"),
     ],
 )
 def test_refusals(model: Any, spec: str, words: str) -> None:
     with pytest.raises(tokenprune.UnsupportedError, match=words):
         tokenprune.attach(model, spec)
     assert "get_image_features" not in vars(model.model)
+
+
+@pytest.mark.parametrize("name", ["prumerge", "prumerge-plus"])
+def test_budgets_of_prumerge_are_for_what_they_say(model: Any, name: str) -> None:
+    """Budgets of all reducers alike: once these were taken to be for the picture, whatever."""
+    crops = [len(picture.crops) for prompt in prompts() for picture in prompt.pictures]
+    for per, rows in (("crop", sum(crops)), ("image", len(crops))):
+        with tokenprune.attach(model, f"{name}(3, per={per!r})") as pruned:
+            model(**collate(prompts()))
+            assert [image.after for image in pruned.report.images] == [3] * rows
+    assert sum(crops) > len(crops)
 
 
 def test_a_method_that_somebody_replaced_is_refused(model: Any) -> None:

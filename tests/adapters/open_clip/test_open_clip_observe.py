@@ -37,6 +37,7 @@ from tokenprune import (
     AttachError,
     ClsAttention,
     GivenAttention,
+    JointClsAttention,
     Keys,
     PoolAttention,
     ReceivedAttention,
@@ -59,10 +60,14 @@ def by_definition(tower: nn.Module, inputs: dict[str, Any], signal: Signal) -> T
     every, front = maps(tower, inputs["x"]), prefix_of(tower)
     if isinstance(signal, PoolAttention):
         return every[LAYERS][:, :, 0, -PATCHES:]
-    assert isinstance(signal, (ClsAttention, ReceivedAttention, GivenAttention))
+    kinds = (ClsAttention, JointClsAttention, ReceivedAttention, GivenAttention)
+    assert isinstance(signal, kinds)
     chosen = [every[layer] for layer in resolved(signal.layers, LAYERS - 2)]
     if isinstance(signal, ClsAttention):
         return torch.stack([each[:, :, 0, front:] for each in chosen], dim=1)
+    if isinstance(signal, JointClsAttention):  # whole maps have the column of [CLS]
+        row = torch.stack([each[:, :, 0] for each in chosen], dim=1).double().log()
+        return (row.sum(2) / row.shape[2] ** 0.5).softmax(-1)[..., front:].float()
     axis = 2 if isinstance(signal, ReceivedAttention) else 3
     return torch.stack([each[:, :, front:, front:].mean(axis) for each in chosen], dim=1)
 
@@ -82,6 +87,7 @@ def case(name: str) -> TowerCase:
     wanted: list[Signal] = [ReceivedAttention(layers=2), GivenAttention(layers=(-1, 0))]
     if name in WITH_CLS:
         wanted += [ClsAttention(layers=3), ClsAttention(layers=(-1, 0))]
+        wanted += [JointClsAttention(layers=(-1, 0))]
     if name in WITH_POOL:
         wanted.append(PoolAttention())
     return TowerCase(
