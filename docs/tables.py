@@ -1,4 +1,4 @@
-"""Write tables of the documentation, and the versions in pyproject.toml, from what the package knows.
+"""Tables of the documentation and versions in pyproject.toml, written from what the package knows.
 
 Strategies come from the records of our own plugins, versions from the table of tested ones. Run it
 with `make tables`; a test says when that was forgotten.

@@ -1,6 +1,6 @@
-"""Fail when a package is installed that the lock does not name at that version.
+"""Check that fails when a package is installed that the lock does not name at that version.
 
-    .venv/bin/python tools/locked.py requirements/lock.txt
+Run it in the environment: `.venv/bin/python tools/locked.py requirements/lock.txt`.
 """
 
 from __future__ import annotations

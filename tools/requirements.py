@@ -1,7 +1,7 @@
-"""Print what extras of this project ask for, a requirement a line, without the project itself.
+"""Requirements of this project's extras, a line each, without the project itself.
 
-    python tools/requirements.py eval           # for an environment that has the project already
-    python tools/requirements.py --bare dev     # names alone: the newest release of everything
+`python tools/requirements.py eval` is for an environment that has the project already, `python
+tools/requirements.py --bare dev` for one with the newest release of everything: names alone.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Print the table of tested versions, for the Makefile; needs nothing but Python.
+"""Printer of the table of tested versions, for the Makefile; needs nothing but Python.
 
-    python tools/versions.py cells           # the matrix of tests: an environment each
-    python tools/versions.py oldest torch    # 2.6
-    python tools/versions.py newest torch
-    python tools/versions.py found           # what is installed, beside what was tested
+Commands:
+    cells: the environments of `make matrix`.
+    oldest NAME, newest NAME: an end of what was tested, such as 2.6 of torch.
+    found: what is installed, beside what was tested.
 """
 
 from __future__ import annotations
