@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import tomllib
 from types import ModuleType
@@ -10,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from support.markdown import ROOT
+from support.script import script
 from tokenprune.plugins import registry
 from tokenprune.plugins.manager import Offer
 from tokenprune.versions import LIBRARIES, library
@@ -17,12 +17,7 @@ from tokenprune.versions import LIBRARIES, library
 
 @pytest.fixture
 def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("docs/tables.py")
 
 
 def test_tables_are_up_to_date(tables: ModuleType) -> None:
