@@ -82,7 +82,9 @@ pictures: $(READY)  ## draw the pictures in the documentation anew
 # Adapter tests on the ends of what is supported. The table in src/tokenprune/versions.py says which
 # releases. Those of transformers are layers over .venv, so that torch is there once.
 matrix: $(READY)  ## adapter tests on old and new transformers, Python, torch
-	set -e; for cell in $$($(BIN)/python tools/versions.py cells); do $(MAKE) matrix-$$cell; done
+	@failed=; for cell in $$($(BIN)/python tools/versions.py cells); do \
+	  $(MAKE) matrix-$$cell || failed="$$failed $$cell"; done; \
+	test -z "$$failed" || { echo "failed on:$$failed"; exit 1; }
 
 matrix-%: .venv-%/.ready
 	$(SINGLE) .venv-$*/bin/python -m pytest -n $(JOBS) -p no:cacheprovider tests/adapters
