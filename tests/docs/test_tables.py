@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
+import re
+import tomllib
 from types import ModuleType
 
 import pytest
 
 from support.markdown import ROOT
+from support.script import script
 from tokenprune.plugins import registry
 from tokenprune.plugins.manager import Offer
+from tokenprune.versions import LIBRARIES, library
 
 
 @pytest.fixture
 def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("docs/tables.py")
 
 
 def test_tables_are_up_to_date(tables: ModuleType) -> None:
-    assert len(tables.PAGES) == 2
+    assert len(tables.PAGES) == 3
     for page in tables.PAGES:
         text = page.read_text()
         assert tables.with_tables(text) == text, f"run `make tables`: {page.name} is out of date"
@@ -56,3 +54,56 @@ def test_other_packages_are_not(tables: ModuleType) -> None:
 def test_a_page_without_markers_is_refused(tables: ModuleType) -> None:
     with pytest.raises(ValueError, match="no place for the tables"):
         tables.with_tables("# Page\n")
+
+
+def test_every_page_has_its_places(tables: ModuleType) -> None:
+    readme, strategies, compatibility = (page.read_text() for page in tables.PAGES)
+    for text in (readme, strategies):
+        assert tables.STRATEGIES[0] in text
+    for text in (readme, compatibility):
+        assert tables.VERSIONS[0] in text
+    assert tables.DIFFERENCES[0] in strategies
+
+
+def test_a_place_without_an_end_is_refused(tables: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"no place for the tables: <!-- versions"):
+        tables.with_tables(f"{tables.VERSIONS[0]}\n")
+
+
+def test_every_library_is_in_the_table_of_versions(tables: ModuleType) -> None:
+    for each in LIBRARIES:
+        (row,) = (line for line in tables.versions().splitlines() if f"`{each.name}`" in line)
+        assert each.oldest in row
+        assert each.newest in row
+        assert f"`make {each.tested}`" in row
+
+
+def test_projects_ask_for_the_versions_of_the_table(tables: ModuleType) -> None:
+    assert len(tables.PROJECTS) == 3
+    for project in tables.PROJECTS:
+        text = project.read_text()
+        assert tables.with_versions(text) == text, f"run `make tables`: {project} is out of date"
+
+
+def test_every_library_of_the_table_has_its_limits_in_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert project["requires-python"] == f">={library('python').oldest}"
+    assert f"Programming Language :: Python :: {library('python').newest}" in project["classifiers"]
+    for each in LIBRARIES:
+        asked = extras[each.extra] if each.extra else project["dependencies"]
+        if each.name not in ("python", "vllm"):  # the interpreter; pins its own torch
+            assert each.requirement in {re.sub(r"\[.*\]", "", requirement) for requirement in asked}
+
+
+def test_versions_in_a_project_are_replaced_and_nothing_else(tables: ModuleType) -> None:
+    text = (
+        'requires-python = ">=3.2"\n'
+        'dependencies = ["torch>=1", "torchvision>=1", "ray[data]>=2,<3"]\n'
+    )
+    torch, ray = library("torch"), library("ray")
+    assert tables.with_versions(text) == (
+        f'requires-python = ">={library("python").oldest}"\n'
+        f'dependencies = ["{torch.requirement}", "torchvision>=1", '
+        f'"ray[data]>={ray.oldest},<{ray.limit}"]\n'
+    )

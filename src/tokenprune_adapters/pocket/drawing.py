@@ -74,7 +74,8 @@ def _background(rng: np.random.Generator) -> Floats:
     clouds = rng.integers(-44, 45, (3, 5, 5)).astype(np.float32)
     grain = rng.integers(-26, 27, (3, 17, 17)).astype(np.float32)
     coarse, fine = _stretch(5), _stretch(17)
-    canvas: Floats = coarse @ clouds @ coarse.T + fine @ grain @ fine.T
+    sum_ = coarse @ clouds @ coarse.T + fine @ grain @ fine.T
+    canvas = sum_.astype(np.float32, copy=False)  # as it is; some annotations of numpy say float64
     canvas += gray
     return canvas
 
