@@ -123,6 +123,14 @@ def _known(tokens: VisualTokens, signals: Signals) -> Signals:
     return Signals({**signals, Ids(): tokens.ids, Sizes(): tokens.sizes})
 
 
+def other_layer() -> UnsupportedError:
+    """Features that are not those of the configured layer or layers."""
+    return UnsupportedError(
+        "the features are not those of the configured vision_feature_layer; set it in the model's "
+        "config before attaching instead of passing it to a call"
+    )
+
+
 def _check_same(features: Tensor, seen: Tensor) -> None:
     """Refuse features of another layer, or with another number of tokens, than was observed."""
     if features.shape[:2] != seen.shape[:2]:
@@ -132,10 +140,7 @@ def _check_same(features: Tensor, seen: Tensor) -> None:
             "changed in a call"
         )
     if features.shape[2] != seen.shape[2]:
-        return  # several layers, concatenated; scores end at the last of them
+        return  # several layers, concatenated, which `same_layers` checks
     same_memory = features.device == seen.device and features.data_ptr() == seen.data_ptr()
     if not same_memory and not torch.equal(features, seen.to(features.device)):
-        raise UnsupportedError(
-            "the features are not those of the configured vision_feature_layer; set it in the "
-            "model's config before attaching instead of passing it to a call"
-        )
+        raise other_layer()

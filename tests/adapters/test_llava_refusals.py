@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, StaticCache
 
 import tokenprune
@@ -272,3 +272,79 @@ def test_static_caches_serve_text() -> None:
     wanted = generate(model, texts, **options)
     got = pruned(model, texts, 4, **options)
     assert torch.equal(got.logits, wanted.logits)
+
+
+@pytest.mark.parametrize("asked", [[-2, -3], [-3], -2])
+def test_other_feature_layers_in_a_call_are_refused_where_several_are_configured(
+    asked: Any,
+) -> None:
+    """Concatenated features don't tell which layers they are of."""
+    model = tiny_llava(feature_layer=[-3, -2])
+    inputs = collate(prompts())
+    with torch.no_grad(), tokenprune.attach(model, spec(4)):
+        model(**inputs, vision_feature_layer=[-3, -2])  # as configured
+        with pytest.raises(UnsupportedError, match="not those of the configured vision_feature_la"):
+            model(**inputs, vision_feature_layer=asked)
+        with pytest.raises(UnsupportedError, match="not those of the configured vision_feature_la"):
+            model.generate(**inputs, vision_feature_layer=asked, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("asked", [[-3], -3])
+def test_another_feature_layer_in_a_call_is_refused(llava: MakeLlava, asked: Any) -> None:
+    model = llava()
+    with torch.no_grad(), tokenprune.attach(model, spec(4)):
+        model(**collate(prompts()), vision_feature_layer=-2)
+        with pytest.raises(UnsupportedError, match="not those of the configured vision_feature_la"):
+            model(**collate(prompts()), vision_feature_layer=asked)
+
+
+def hiding(slots: slice) -> dict[str, Tensor]:
+    """A batch of one prompt whose mask hides some slots of its picture, which is at slot 3."""
+    inputs = collate(prompts()[:1])
+    inputs["attention_mask"][0, slots] = 0
+    return inputs
+
+
+def test_budget_is_not_spent_in_silence_on_patches_that_a_mask_hides(llava: MakeLlava) -> None:
+    model = llava()
+    inputs = hiding(slice(3, 3 + PATCHES))
+    stock = model(**inputs).logits
+    with torch.no_grad():
+        refused = pytest.raises(UnsupportedError, match="hides visual tokens that were kept")
+        with tokenprune.attach(model, spec(4)), refused:
+            model(**inputs)
+        with tokenprune.attach(model, spec(PATCHES)):
+            assert torch.equal(model(**inputs).logits[:, -3:], stock[:, -3:])
+
+
+@pytest.mark.parametrize("scorer", ["uniform", "cls-attention", "fastv"])
+def test_after_a_layer_patches_that_a_mask_hides_are_not_counted(
+    llava: MakeLlava, scorer: str
+) -> None:
+    """Those that are seen get the whole budget, as if the others were not there."""
+    model = llava()
+    hidden = slice(5, 11)  # patches 2 to 7
+    inputs = hiding(hidden)
+    places = inputs["attention_mask"].cumsum(1) - 1
+    with torch.no_grad():
+        stock = model(**inputs, position_ids=places).logits
+        with tokenprune.attach(model, f"{scorer} | evict(16) @ after-layer(1)") as whole:
+            got = model(**inputs, position_ids=places).logits
+        real = inputs["attention_mask"].bool()
+        torch.testing.assert_close(got[real], stock[real], rtol=0, atol=2e-5)
+        with tokenprune.attach(model, f"{scorer} | evict(4) @ after-layer(1)") as some:
+            model(**inputs, position_ids=places)
+    assert whole.last.plan.lengths == (10,)
+    assert some.last.plan.lengths == (4,)
+    patches = some.last.tokens.positions[0].tolist()
+    assert not set(patches) & set(range(2, 8))
+
+
+def test_a_picture_that_a_mask_hides_altogether(llava: MakeLlava) -> None:
+    """Beside one that is seen: nothing is left of it, and nothing is spent on it."""
+    model = llava()
+    inputs = collate(prompts()[1:2])  # pictures at slots 2 and 21
+    inputs["attention_mask"][0, 2 : 2 + PATCHES] = 0
+    with torch.no_grad(), tokenprune.attach(model, "uniform | evict(4) @ after-layer(1)") as a:
+        model(**inputs)
+    assert a.last.plan.lengths == (0, 4)

@@ -69,6 +69,12 @@ class Anatomy:
         return str(self.core.config.vision_feature_select_strategy)
 
     @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """Hidden states that are concatenated to features, as configured; empty where it is one."""
+        layer = self.core.config.vision_feature_layer
+        return tuple(layer) if isinstance(layer, (list, tuple)) else ()
+
+    @property
     def feature_layer(self) -> int:
         """Block whose output is the features, Python style; the last of several."""
         return feature_layer(self.core.config)

@@ -89,6 +89,14 @@ class Images:
         """`(batch, slots)` bool: slots that hold a patch."""
         return self.place >= 0
 
+    def among(self, real: Tensor) -> Images:
+        """These images without the patches that a mask hides.
+
+        Args:
+            real: `(batch, slots)` bool, False for what is hidden.
+        """
+        return replace(self, place=self.place.masked_fill(~real, -1))
+
     def within(self, embeds: Tensor, layout: Layout | None) -> Images:
         """These images as a segment sees them, with fingerprints of their features.
 

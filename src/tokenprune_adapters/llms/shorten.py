@@ -45,6 +45,9 @@ RUN = "tokenprune_run"
 IMAGES = "tokenprune_images"
 """Name of the private argument that tells which slots are visual; see `Images`."""
 
+VISUAL = "tokenprune_visual"
+"""Name of the private argument that brings a bool for each slot: whether it is a placeholder."""
+
 
 @dataclass(eq=False)
 class Run:
@@ -129,6 +132,7 @@ class ShortenPrompts(NotCopyable):
         self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         images: Images | None = kwargs.pop(IMAGES, None)
+        visual: Tensor | None = kwargs.pop(VISUAL, None)
         call = self.calls(args, kwargs)
         embeds = call.embeds
         if embeds is None:
@@ -139,16 +143,24 @@ class ShortenPrompts(NotCopyable):
         mask = call.mask
         usable = mask is None or _is_padding_mask(mask, past, drop)
         real, real_past = _real_columns(mask if usable else None, past, drop)
+        images = None if images is None else images.among(real)
         seen = drop[:, :0] if images is None else images.visual
+        hidden = drop[:, :0] if visual is None else visual & ~real & ~drop
         steps = steps_of(llm, call, drop.shape)
         seams = drop.new_zeros(()) if steps is None else steps[:, -1].any()
-        asked = torch.stack([drop.any(), real.all(), seen.any(), seams])
-        shorten, all_real, some_visual, gaps = asked.tolist()
+        asked = torch.stack([drop.any(), real.all(), seen.any(), seams, hidden.any()])
+        shorten, all_real, some_visual, gaps, wasted = asked.tolist()
         reduces = bool(self.starts) and some_visual
         if not (shorten or reduces) and state_of(cache) is None:
             return (args, kwargs)
         if not usable:
             _refuse_mask(mask, past, drop)
+        if shorten and wasted:
+            raise UnsupportedError(
+                "attention_mask hides visual tokens that were kept before the LLM, so budget was "
+                "spent on what nobody sees; leave the picture out of the prompt, or reduce after a "
+                "layer, where hidden tokens are not counted"
+            )
         if shorten and self.starts and images is None:
             raise UnsupportedError(
                 "the language model got reduced image features, but not from the attached model, "

@@ -20,7 +20,7 @@ from ..hf.names import Call, Output
 from ..llms.images import Images
 from ..llms.store import SignalStore
 from ..projection import ReduceBeforeProjector
-from .parts import check_budgets, check_select_strategy, tower_adapter
+from .parts import check_budgets, check_select_strategy, same_layers, tower_adapter
 from .placed import FindImages, Placed, check_placement, readable
 from .watched import WatchAttention
 
@@ -50,6 +50,7 @@ class LlavaAdapter(ModelAdapter):
         placed = Placed.of(stages, parts.llm)
         store = SignalStore(parts.core.get_input_embeddings().weight.dtype)
         if placed.before is not None or placed.inside:
+            yield from same_layers(parts, _ENCODERS)
             observation = Observation()
             (tower,) = parts.towers
             yield from tower_adapter(tower).install(

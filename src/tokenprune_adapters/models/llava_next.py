@@ -32,7 +32,7 @@ from ..llms.store import SignalStore
 from ..projection import ReduceBeforeProjector
 from ..rowing import Rows
 from ..wrapping import wrap_method
-from .parts import check_budgets, check_select_strategy, tower_adapter
+from .parts import check_budgets, check_select_strategy, same_layers, tower_adapter
 from .placed import FindImages, Placed, check_placement, readable
 from .watched import WatchAttention
 
@@ -69,6 +69,7 @@ class LlavaNextAdapter(ModelAdapter):
         store = SignalStore(parts.core.get_input_embeddings().weight.dtype)
         pack = _PackImages(parts, _per(placed), _newline(placed), store if placed.inside else None)
         if placed.before is not None or placed.inside:
+            yield from same_layers(parts, _ENCODERS)
             observation = Observation()
             (tower,) = parts.towers
             yield from tower_adapter(tower).install(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,8 +16,11 @@ from tokenprune.spec import shown
 from tokenprune.strategy import Stage
 
 from ..hf.anatomy import Anatomy
-from ..hf.names import Output
+from ..hf.checks import Encoders
+from ..hf.names import Call, Output, Signature
 from ..marks import marked
+from ..projection import other_layer
+from ..wrapping import wrap_method
 
 PRIVATE = "tokenprune_"
 """Prefix of the arguments by which our hooks talk to each other."""
@@ -87,6 +91,29 @@ def check_select_strategy(parts: Anatomy, has_cls: bool) -> None:
         raise UnsupportedError(
             f"vision_feature_select_strategy={strategy!r} {does}; only {supported!r} is supported"
         )
+
+
+def same_layers(parts: Anatomy, encoders: Encoders) -> Iterator[Removable]:
+    """Wrappers that refuse other feature layers in a call, where several are configured.
+
+    What reaches the projector tells a layer by its values, but several are concatenated.
+    """
+    if not parts.feature_layers:
+        return
+    for name in encoders:
+        signature = Signature.of(getattr(parts.core, name))
+        yield from wrap_method(parts.core, name, partial(_refuse_layers, parts, signature))
+
+
+def _refuse_layers(
+    parts: Anatomy, signature: Signature, call: Callable[[], Any], arguments: Mapping[str, Any]
+) -> Any:
+    asked = Call(signature, (), dict(arguments)).feature_layer
+    if asked is not None and tuple(asked if isinstance(asked, list) else [asked]) != (
+        parts.feature_layers
+    ):
+        raise other_layer()
+    return call()
 
 
 def check_budgets(stages: tuple[Stage, ...]) -> None:

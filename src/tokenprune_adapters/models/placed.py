@@ -21,7 +21,7 @@ from ..hf.anatomy import Anatomy
 from ..hf.names import Call, Output, calls_of
 from ..llms.images import Images
 from ..llms.inside import QueryAttention, ReduceInside, RefuseCandidates
-from ..llms.shorten import IMAGES, ShortenPrompts
+from ..llms.shorten import IMAGES, VISUAL, ShortenPrompts
 from ..llms.store import SignalStore
 from .parts import SameParts, hide_marks, keep_private
 
@@ -79,9 +79,10 @@ class Placed:
         yield core.register_forward_pre_hook(SameParts(core).before)
         if self.before is not None:
             yield core.register_forward_hook(hide_marks)
+            yield core.register_forward_pre_hook(_MarkVisual(parts).before, with_kwargs=True)
         if self.inside:
             yield core.register_forward_pre_hook(find.before, with_kwargs=True)
-            yield from keep_private(parts)
+        yield from keep_private(parts)
         positions: Positions = "reindexed"
         if self.before is not None:
             assert isinstance(self.before.placement, BeforeLLM)
@@ -94,6 +95,24 @@ class Placed:
             if hooks.watched:
                 hook = RefuseCandidates(parts.model)
                 yield parts.model.register_forward_pre_hook(hook.before, with_kwargs=True)
+
+
+class _MarkVisual(NotCopyable):
+    """Tells the language model of placeholders where a mask may hide some of them."""
+
+    def __init__(self, parts: Anatomy) -> None:
+        self.parts = parts
+        self.calls = calls_of(parts.core)
+
+    def before(
+        self, core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        call = self.calls(args, kwargs)
+        ids = call.ids
+        if ids is not None and call.mask is not None and ids.shape[1] > 1:
+            videos = self.parts.placeholders(ids, "video")
+            kwargs[VISUAL] = self.parts.placeholders(ids, "image") | videos
+        return args, kwargs
 
 
 class FindImages(NotCopyable):

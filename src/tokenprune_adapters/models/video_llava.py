@@ -33,7 +33,7 @@ from ..llms.store import Ids, SignalStore
 from ..projection import ReduceBeforeProjector
 from ..rowing import Rows
 from ..wrapping import wrap_method
-from .parts import check_select_strategy, tower_adapter
+from .parts import check_select_strategy, same_layers, tower_adapter
 from .placed import FindImages, Placed, check_placement, readable
 from .watched import WatchAttention
 
@@ -69,6 +69,7 @@ class VideoLlavaAdapter(ModelAdapter):
         store = SignalStore(parts.core.get_input_embeddings().weight.dtype)
         passes = _Passes(parts)
         if placed.before is not None or placed.inside:
+            yield from same_layers(parts, _ENCODERS)
             observation = Observation()
             for tower in parts.towers:
                 yield from tower_adapter(tower).install(
