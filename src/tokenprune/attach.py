@@ -75,9 +75,11 @@ class Attachment:
 def attach(model: nn.Module, *stages: Stage | str, adapter: str | None = None) -> Attachment:
     """Compress the visual tokens of `model` until detached.
 
-    Nothing is assigned to a class, a `forward` or a config. Everything is hooks (and in LLaVA-NeXT
-    and Video-LLaVA a wrapper around one method of the instance, which `generate` calls by itself);
-    leaving the context, or calling `detach`, restores the model, also after an exception.
+    Nothing is assigned to a class, a `forward` or a config. Everything is hooks; beside them, some
+    models get a wrapper around a method of the instance that `generate` calls by itself, and
+    attention modules whose rows are read a view of their config (the documentation lists all of
+    it under "Attaching leaves no trace"). Leaving the context, or calling `detach`, restores the
+    model, also after an exception.
 
     Args:
         model: an unmodified model, e.g. `LlavaForConditionalGeneration`; also inside PEFT's

@@ -234,6 +234,9 @@ class _BeforeLayer(NotCopyable):
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         run: Run | None = kwargs.pop(RUN, None)
+        reading = self.inside.reading.get(self.number)
+        if reading is not None:
+            reading.ask(None)
         if run is None:
             return args, kwargs
         call = self.calls(args, kwargs)
@@ -250,8 +253,8 @@ class _BeforeLayer(NotCopyable):
                 hidden = seats.merge(hidden, plan)
             if segment.layout is not None:
                 hidden = segment.layout.shorten(hidden)
-        if number in self.inside.reading:
-            self.inside.reading[number].ask(self.inside.reader(run, number))
+        if reading is not None:
+            reading.ask(self.inside.reader(run, number))
         if start > 0:
             if start not in run.rotary:
                 run.rotary[start] = self.inside.llm.rotary_emb(hidden, segment.place)
