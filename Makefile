@@ -104,13 +104,13 @@ matrix-%: .venv-%/.ready
 	$(call install,.venv-highest)
 	touch $@
 
-# The newest of everything, without lock and caps: what a release of tomorrow will meet. Everything
-# runs, also after a failure; the last lines are the versions.
+# The newest of everything, without lock and caps, those of pip's own configuration too (an empty
+# PIP_CONSTRAINT would leave them). Everything runs, also after a failure; the last lines are versions.
 canary:  ## adapters, demo and doctor on the newest releases of everything
 	$(call fresh,$(PYTHON),.venv-canary)
 	.venv-canary/bin/python tools/requirements.py --bare dev > .venv-canary/newest.txt
-	PIP_CONSTRAINT= .venv-canary/bin/python -m pip install --quiet --upgrade pip
-	PIP_CONSTRAINT= .venv-canary/bin/python -m pip install --quiet --upgrade -r .venv-canary/newest.txt
+	PIP_CONSTRAINT=/dev/null .venv-canary/bin/python -m pip install --quiet --upgrade pip
+	PIP_CONSTRAINT=/dev/null .venv-canary/bin/python -m pip install --quiet --upgrade -r .venv-canary/newest.txt
 	.venv-canary/bin/python -m pip install --quiet --no-deps -e . $(EXAMPLES:%=-e %)
 	@status=0; \
 	$(SINGLE) .venv-canary/bin/python -m pytest -n $(JOBS) -p no:cacheprovider \

@@ -53,9 +53,12 @@ class Environment:
         run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
         self.bin = folder / "bin"
         (self.packages,) = folder.glob("lib/python*/site-packages")
-        # A path alone: the .pth files there, which lead to this checkout, are not read.
-        above = Path(pytest.__file__).parents[1]
-        (self.packages / "above.pth").write_text(f"{above}\n")
+        above = folder.parent / f"needed-by-{folder.name}"
+        above.mkdir()
+        for installed in Path(pytest.__file__).parents[1].iterdir():
+            if "tokenprune" not in installed.name and installed.suffix != ".pth":
+                (above / installed.name).symlink_to(installed)
+        (self.packages / "needed.pth").write_text(f"{above}\n")
 
     def pip(self, *words: object) -> None:
         run(sys.executable, "-m", "pip", "--python", self.bin / "python", *words, cwd=self.folder)
@@ -73,7 +76,7 @@ def environment(tmp_path: Path) -> Environment:
     return Environment(tmp_path / "environment")
 
 
-def test_the_demo_works_from_the_wheel_and_nothing_is_left_behind(
+def test_demo_and_doctor_work_from_the_wheel_and_nothing_is_left_behind(
     environment: Environment, wheel: Path, tmp_path: Path
 ) -> None:
     before = environment.files()
@@ -85,6 +88,7 @@ def test_the_demo_works_from_the_wheel_and_nothing_is_left_behind(
     told = run(environment.bin / "tokenprune", "demo", "--out", "pictures", cwd=tmp_path)
     assert "KV cache after prefill" in told
     assert list((tmp_path / "pictures").glob("*.png"))
+    run(environment.bin / "tokenprune", "doctor", cwd=tmp_path)
 
     environment.pip("uninstall", "--quiet", "--yes", NAME)
     assert environment.files() == before
