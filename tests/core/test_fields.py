@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tokenprune import BudgetError, SpecError
+from tokenprune import BudgetError, ShapeError, SpecError
 from tokenprune.plugins import registry
 
 REFUSED = [
@@ -37,6 +37,17 @@ REFUSED = [
     ("diverse", {"metric": "values"}, "metric must be 'features' or 'keys', got 'values'"),
     ("prumerge", {"heads": "max"}, "heads must be 'joint' or 'mean', got 'max'"),
     ("prumerge", {"neighbours": -1}, "neighbours must be an int >= 0, got -1"),
+    (
+        "tome",
+        {"layer": -3},
+        "layer=-3 has no effect: metric='features' reads no keys; leave it out, or say "
+        "metric='keys'",
+    ),
+    (
+        "fopru",
+        {"columns": 24},
+        "columns=24 has no effect: mode='rank' has no rows; leave it out, or say mode='row'",
+    ),
     ("prumerge", {"keep": 0}, "keep must be at least 1: merging always leaves the extra token"),
 ]
 
@@ -49,6 +60,23 @@ def test_a_field_is_refused(name: str, fields: dict[str, Any], message: str) -> 
     with pytest.raises((SpecError, BudgetError)) as caught:
         steps[name].factory(**{**keep, **fields})
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("name", ["cls-attention", "received-attention", "fopru"])
+def test_layers_given_as_a_list_become_a_tuple(name: str) -> None:
+    """Steps are values: they are hashed, and equal ones are one."""
+    step = {offer.plugin.name: offer.plugin for offer in registry().scorers}[name]
+    made = step.factory(layers=[-3, -1])
+    assert made.layers == (-3, -1)
+    assert hash(made) == hash(step.factory(layers=(-3, -1)))
+    with pytest.raises(ShapeError, match="layers=K takes the K last layers"):
+        step.factory(layers=0)
+
+
+def test_a_grid_given_as_a_list_becomes_a_tuple() -> None:
+    step = {offer.plugin.name: offer.plugin for offer in registry().reducers}["pool"]
+    assert step.factory(4, grid=[2, 3]).grid == (2, 3)
+    assert hash(step.factory(4, grid=[2, 3])) == hash(step.factory(4, grid=(2, 3)))
 
 
 @pytest.mark.parametrize("share", [0, 0.0, 1, 1.0])

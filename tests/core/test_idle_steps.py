@@ -65,6 +65,12 @@ class AboutAsMany(Budgeted, Reducer):
         ("random | pool(8)", "Pool(keep=8, per='image', grid=None) reads no scores"),
         ("uniform | diverse(8)", "leave the scorer out, or use a reducer that ranks by scores"),
         ("cls-attention | prumerge", "PruMerge(keep=None"),
+        (
+            "uniform | pool(9) | kmeans(4)",
+            "UniformScorer() has no effect: Pool(keep=9, per='image', grid=None), KMeans(keep=4, "
+            "per='image', seed=0, iterations=20) read no scores; leave the scorer out, or use a "
+            "reducer that ranks by scores, as in 'cls-attention | evict(128)'",
+        ),
         ("cls-attention | prumerge-plus(8)", "PruMergePlus(keep=8"),
         ("uniform | evict(9) | random | tome(4)", "RandomScorer(seed=0) has no effect: ToMe"),
         (

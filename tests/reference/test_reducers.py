@@ -324,7 +324,9 @@ def test_pool_is_average_pooling_where_cells_fit(side: int, cells: int) -> None:
     assert torch.allclose(plan(x), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("grid", [(4, 4), (3, 5), (5, 3), (1, 7), (24, 24)])
+@pytest.mark.parametrize(
+    "grid", [(4, 4), (3, 5), (5, 3), (1, 7), (2, 9), (9, 2), (3, 13), (24, 24)]
+)
 def test_cells_of_a_pool_are_even_rectangles(grid: tuple[int, int]) -> None:
     rows, columns = grid
     x = VisualTokens.of(torch.randn(1, rows * columns, 2))

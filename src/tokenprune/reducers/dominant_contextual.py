@@ -120,7 +120,9 @@ def _added(plan: Plan, is_target: Tensor) -> Plan:
     assert plan.weights is not None
     member = plan.weights > 0
     others = member & ~is_target[:, None, :]
-    targeted = (member & is_target[:, None, :]).any(2, keepdim=True)
+    # A dominant token is the only one of its group, no target, and comes out with a weight of 1.
     share = others / others.sum(2, keepdim=True).clamp(min=1)
-    added = torch.where(targeted, member.float() - others.float() + share, plan.weights)
-    return Plan(plan.anchors, plan.mask, plan.tokens, added)
+    added = member.float() - others.float() + share
+    made = Plan(plan.anchors, plan.mask, plan.tokens, added)
+    made.__dict__["lengths"] = plan.lengths
+    return made
