@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tokenprune import BudgetError, UnsupportedError
 from tokenprune_adapters import pocket
 from tokenprune_adapters.vllm_serving.options import (
+    EngineError,
     OptionError,
     Options,
     check_overrides,
     check_pixels,
+    no_value_errors,
 )
 
 
@@ -78,6 +81,15 @@ def test_overrides_that_look_like_ours(name: str) -> None:
     check_overrides(lambda config: config)
     with pytest.raises(OptionError, match=f"hf_overrides has '{name}', which nobody reads"):
         check_overrides(ours | {name: 3})
+
+
+def test_no_value_error_leaves_the_start_of_an_engine() -> None:
+    """vLLM would take one for a model without pictures, and serve text alone."""
+    with pytest.raises(EngineError, match="keep=0 leaves no") as caught, no_value_errors():
+        raise BudgetError("keep=0 leaves no visual token")
+    assert not isinstance(caught.value, ValueError)
+    with pytest.raises(UnsupportedError), no_value_errors():
+        raise UnsupportedError("acts inside the LLM")
 
 
 def test_pictures_of_another_size_than_the_towers() -> None:

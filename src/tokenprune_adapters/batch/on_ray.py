@@ -91,7 +91,7 @@ class OnRay:
         try:
             ray.init(self.address, num_cpus=cpus, log_to_driver=False, logging_level="ERROR")
         except Exception as error:  # a start that takes too long raises just that
-            first = str(error).strip().partition("\n")[0] or type(error).__name__
+            first = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
             doing, instead = f"reach Ray at {self.address!r}", ""
             if self.address == "local":
                 doing = "start Ray on this machine"

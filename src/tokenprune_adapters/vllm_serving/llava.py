@@ -30,7 +30,7 @@ from tokenprune.errors import AttachError
 from tokenprune.spec import shown
 
 from ..models.parts import feature_layer
-from .options import Options, check_overrides, check_pixels
+from .options import Options, check_overrides, check_pixels, no_value_errors
 from .parents import check_parents, overrides
 from .served import KEY, Served, check_engine
 from .tower import ClipTaps
@@ -55,13 +55,14 @@ class TokenpruneLlavaProcessingInfo(LlavaProcessingInfo):  # type: ignore[misc]
             TokenpruneLlavaForConditionalGeneration,
         )
         super().__init__(ctx)
-        check_overrides(ctx.model_config.hf_overrides)
-        self.served = Served.of(self.get_hf_config())
         options = ctx.get_mm_config()
         given = options.mm_processor_kwargs or {}
-        check_engine(self.served, embeds=options.enable_mm_embeds, processor_kwargs=given)
-        if given:
-            self.options.check(given)
+        with no_value_errors():
+            check_overrides(ctx.model_config.hf_overrides)
+            self.served = Served.of(self.get_hf_config())
+            check_engine(self.served, embeds=options.enable_mm_embeds, processor_kwargs=given)
+            if given:
+                self.options.check(given)
 
     @cached_property
     def options(self) -> Options:

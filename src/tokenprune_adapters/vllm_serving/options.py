@@ -7,7 +7,8 @@ be answered with the engine's own. Nothing of vLLM or transformers is imported.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, get_type_hints
@@ -27,6 +28,23 @@ OF_VLLM = frozenset({"use_audio_in_video"})
 
 class OptionError(TokenpruneError, ValueError):
     """An option of a request or an engine that would be ignored, or cannot be meant."""
+
+
+class EngineError(TokenpruneError, RuntimeError):
+    """Settings that an engine cannot start with. It is no `ValueError`: see `no_value_errors`."""
+
+
+@contextmanager
+def no_value_errors() -> Iterator[None]:
+    """Make every `ValueError` inside an `EngineError`.
+
+    Where vLLM asks whether a model takes pictures, it reads a `ValueError` as "no", and starts a
+    server of the same model for text alone.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise EngineError(str(error)) from error
 
 
 @dataclass(frozen=True)

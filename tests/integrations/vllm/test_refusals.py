@@ -25,7 +25,10 @@ def register():
 
 
 def last_words(server: Server) -> str:
-    assert server.start().wait(PATIENCE) != 0
+    try:
+        assert server.start().wait(PATIENCE) != 0
+    finally:
+        server.__exit__(None, None, None)
     return server.log.read_text().strip().splitlines()[-1]
 
 
@@ -33,11 +36,12 @@ def last_words(server: Server) -> str:
     ("spec", "options", "words"),
     [
         ("fastv", [], "acts inside the LLM. vLLM gives every token of a step one slot"),
+        ("uniform | evict(0)", [], "keep=0 leaves no visual token before the LLM"),
         (SPEC, ["--enable-mm-embeds"], "have passed no vision tower here"),
         (SPEC, ["--mm-processor-kwargs", '{"tokenprun": {"keep": 3}}'], "has 'tokenprun', which"),
         (SPEC, ["--hf-overrides", json.dumps(MISSPELT)], "hf_overrides has 'keep', which nobody"),
     ],
-    ids=["inside the LLM", "embeddings", "processor options", "overrides"],
+    ids=["inside the LLM", "budget", "embeddings", "processor options", "overrides"],
 )
 def test_the_reason_is_the_last_word(
     checkpoint: Path, tmp_path: Path, spec: str, options: list[str], words: str
