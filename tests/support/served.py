@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,7 +126,9 @@ def check(said: Answer, expected: Answer, question: Question) -> None:
 class Server:
     """`python -m vllm.entrypoints.openai.api_server` on a free port of this machine."""
 
-    def __init__(self, checkpoint: Path, spec: str, options: list[str], log: Path) -> None:
+    def __init__(
+        self, checkpoint: Path, spec: str, options: list[str], log: Path, path: str = ""
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -141,6 +144,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.spec = spec
         self.log = log
+        self.path = path  # folders that Python searches beside its own
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> subprocess.Popen[bytes]:
@@ -152,6 +156,9 @@ class Server:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
         }
+        if self.path:
+            known = env.get("PYTHONPATH")
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, [self.path, known]))
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=log, env=env, start_new_session=True
@@ -162,7 +169,7 @@ class Server:
         process = self.start()
         until = time.monotonic() + PATIENCE
         try:
-            while not self._is_up():
+            while not self.is_up():
                 if process.poll() is not None or time.monotonic() > until:
                     raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-8000:]}")
                 time.sleep(1)
@@ -185,19 +192,21 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)  # it has workers
         self.process.wait()
 
-    def _is_up(self) -> bool:
+    def is_up(self) -> bool:
+        """Whether it takes requests."""
         try:
             with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
                 return bool(answer.status == 200)
         except OSError:
             return False
 
-    def ask(self, question: Question, *, pictures: bool = True) -> Answer:
+    def ask(self, question: Question, *, pictures: bool = True, **more: object) -> Answer:
         """Over the chat API, greedily, one word.
 
         Args:
             question: what to ask.
             pictures: whether to send them; without, the server must know them by their uuid.
+            more: what else to put into `mm_processor_kwargs`.
         """
         sent: list[dict[str, Any]] = []
         for seed in question.scenes:
@@ -206,10 +215,19 @@ class Server:
             if question.uuid is not None:
                 sent[-1]["uuid"] = question.uuid
         content = [*sent, {"type": "text", "text": question.text}]
-        return self.chat(content, question.keep)
+        return self.chat(content, question.keep, more)
 
-    def chat(self, content: object, keep: object = None) -> Answer:
-        """One message, and the first word that the model says."""
+    def chat(
+        self, content: object, keep: object = None, more: Mapping[str, object] | None = None
+    ) -> Answer:
+        """One message, and the first word that the model says.
+
+        Args:
+            content: of the message.
+            keep: a budget, for `mm_processor_kwargs`.
+            more: what else stands there.
+        """
+        options = {**(more or {}), **({} if keep is None else {KEY: {"keep": keep}})}
         body: dict[str, Any] = {
             "model": "pocket",
             "messages": [{"role": "user", "content": content}],
@@ -219,8 +237,8 @@ class Server:
             "logprobs": True,
             "top_logprobs": 5,
         }
-        if keep is not None:
-            body["mm_processor_kwargs"] = {KEY: {"keep": keep}}
+        if options:
+            body["mm_processor_kwargs"] = options
         said = self._post("/v1/chat/completions", body)
         (choice,) = said["choices"]
         (first,) = choice["logprobs"]["content"]

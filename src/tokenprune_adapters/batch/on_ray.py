@@ -90,9 +90,13 @@ class OnRay:
         ray.data.DataContext.get_current().enable_progress_bars = False
         try:
             ray.init(self.address, num_cpus=cpus, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            first = str(error).strip().partition("\n")[0]
-            raise WorkerError(f"cannot reach Ray at {self.address!r}: {first}") from error
+        except Exception as error:  # a start that takes too long raises just that
+            first = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+            doing, instead = f"reach Ray at {self.address!r}", ""
+            if self.address == "local":
+                doing = "start Ray on this machine"
+                instead = "; try again, or take --workers without --ray"
+            raise WorkerError(f"cannot {doing}: {first}{instead}") from error
 
     def _gpus(self, device: str) -> float | None:
         """GPUs of an actor; Ray shows it only those."""

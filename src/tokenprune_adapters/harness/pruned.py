@@ -1,4 +1,4 @@
-"""What turns a model class of lmms-eval into one with compressed visual tokens."""
+"""Mixin that adds compression to a model class of lmms-eval."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokenprune.spec import parse_schedule
 from ..wrapping import wrap_method
 from .account import Account
 from .arguments import read_arguments, unquoted
-from .failing import fatal
+from .failing import end_with_the_command, fatal
 from .pictures import decode_before
 
 
@@ -36,6 +36,7 @@ class Pruned:
         """As lmms-eval's, but specs may contain commas, and what goes wrong ends the process."""
         from lmms_eval.utils import handle_arg_string
 
+        end_with_the_command()
         with fatal("reading --model_args"):
             given = read_arguments(arg_string)
             ours = {"prune", "report"} & given.keys()

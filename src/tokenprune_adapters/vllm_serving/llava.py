@@ -7,10 +7,12 @@ cache and its positions are those of a picture with K tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from vllm import __version_tuple__
 from vllm.config import VllmConfig
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.models.llava import (
@@ -24,9 +26,12 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import MultiModalDataItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 
+from tokenprune.errors import AttachError
 from tokenprune.spec import shown
 
 from ..hf.anatomy import feature_layer
+from .options import Options, check_overrides, check_pixels, no_value_errors
+from .parents import check_parents, overrides
 from .served import KEY, Served, check_engine
 from .tower import ClipTaps
 
@@ -35,26 +40,46 @@ COUNTS = "tokenprune_counts"
 
 
 class TokenpruneLlavaProcessingInfo(LlavaProcessingInfo):  # type: ignore[misc]
-    """What vLLM may know of pictures before it sees them."""
+    """Facts about pictures that vLLM asks for before it sees them.
 
+    The first of our classes that an engine makes. Checks are here and not in `register`, because an
+    exception there would stop every vLLM of the machine.
+    """
+
+    @overrides("ctx")
     def __init__(self, ctx: Any) -> None:
-        super().__init__(ctx)
-        self.served = Served.of(self.get_hf_config())
-        options = ctx.get_mm_config()
-        check_engine(
-            self.served,
-            embeds=options.enable_mm_embeds,
-            processor_kwargs=options.mm_processor_kwargs or {},
+        check_parents(
+            __version_tuple__,
+            TokenpruneLlavaProcessingInfo,
+            TokenpruneLlavaProcessor,
+            TokenpruneLlavaForConditionalGeneration,
         )
+        super().__init__(ctx)
+        options = ctx.get_mm_config()
+        given = options.mm_processor_kwargs or {}
+        with no_value_errors():
+            check_overrides(ctx.model_config.hf_overrides)
+            self.served = Served.of(self.get_hf_config())
+            check_engine(self.served, embeds=options.enable_mm_embeds, processor_kwargs=given)
+            if given:
+                self.options.check(given)
+
+    @cached_property
+    def options(self) -> Options:
+        """What a request may say to the processor."""
+        return Options.of(self.get_hf_processor())
 
     @property
+    @overrides("")
     def model_id(self) -> str:
         # Part of the key of every cached picture: engines with another spec share no entry.
         return f"{super().model_id} {KEY}={shown(self.served.strategy)}"
 
+    @overrides("image_width image_height")
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         return self.served.count()
 
+    @overrides("seq_len mm_counts")
     def get_mm_max_tokens_per_item(
         self, seq_len: int, mm_counts: Mapping[str, int]
     ) -> Mapping[str, int]:
@@ -69,16 +94,26 @@ class TokenpruneLlavaProcessor(LlavaMultiModalProcessor):  # type: ignore[misc]
     prompts, so that one picture at two budgets is two entries.
     """
 
-    def _call_hf_processor(
-        self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
+    @overrides("inputs timing_ctx")
+    def apply(self, inputs: Any, timing_ctx: object) -> Any:
+        if inputs.hf_processor_mm_kwargs:  # here, because what follows may come from a cache
+            self.info.options.check(inputs.hf_processor_mm_kwargs)
+        return super().apply(inputs, timing_ctx)
+
+    @overrides("mm_items hf_kwargs", "mm_items hf_processor_mm_kwargs")  # since 0.31, before
+    def _apply_hf_processor_main(
+        self, mm_items: MultiModalDataItems, **named: Mapping[str, object]
     ) -> Any:
-        count = self.info.served.count(hf_kwargs.get(KEY))
-        rest = {name: value for name, value in hf_kwargs.items() if name != KEY}
-        made = super()._call_hf_processor(hf_data, rest)
+        ((name, given),) = named.items()
+        count = self.info.served.count(given.get(KEY))
+        rest = {option: value for option, value in given.items() if option != KEY}
+        made = super()._apply_hf_processor_main(mm_items=mm_items, **{name: rest})
         if "pixel_values" in made:
+            check_pixels(made["pixel_values"], self.info.get_hf_config().vision_config.image_size)
             made[COUNTS] = torch.full((len(made["pixel_values"]),), count)
         return made
 
+    @overrides("hf_inputs hf_processor_mm_kwargs")
     def _get_mm_fields_config(
         self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
@@ -87,6 +122,7 @@ class TokenpruneLlavaProcessor(LlavaMultiModalProcessor):  # type: ignore[misc]
             COUNTS: MultiModalFieldConfig.batched("image", keep_on_cpu=True),
         }
 
+    @overrides("mm_items hf_processor_mm_kwargs out_mm_kwargs")
     def _get_prompt_updates(
         self,
         mm_items: MultiModalDataItems,
@@ -109,6 +145,7 @@ class TokenpruneLlavaForConditionalGeneration(LlavaForConditionalGeneration):  #
     # A LoRA there would be told token counts that are not the tower's.
     supports_tower_connector_lora = False
 
+    @overrides("vllm_config prefix")
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.served = Served.of(self.config)
@@ -123,12 +160,15 @@ class TokenpruneLlavaForConditionalGeneration(LlavaForConditionalGeneration):  #
         budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self.pictures = max(1, budget // self.served.tokens)
 
+    @overrides("kwargs")
     def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
         pixels: Any = kwargs.get("pixel_values")
         if pixels is None:
             return []
-        counts: Any = kwargs[COUNTS]
+        counts: Any = kwargs.get(COUNTS, ())
         numbers = [int(count) for count in counts]
+        if len(numbers) != len(pixels):  # vLLM would take the first rows of each picture
+            raise AttachError(f"{len(pixels)} pictures came with {len(numbers)} budgets")
         kept = [
             features
             for some, wanted in zip(

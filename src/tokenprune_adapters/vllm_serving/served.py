@@ -1,4 +1,4 @@
-"""What an engine is asked to do with every picture. All that it cannot do is refused here.
+"""Settings of a vLLM engine, validated: what it cannot do with every picture is refused here.
 
 Nothing of vLLM is imported: an engine reads this in the process that takes requests, where no model
 is, and again in those that run the model.
@@ -44,7 +44,7 @@ PROVIDED = frozenset({ClsAttention, GivenAttention, JointClsAttention, Keys, Rec
 
 @dataclass(frozen=True)
 class Served:
-    """What is done to every picture.
+    """Settings of an engine: what is done to every picture.
 
     Attributes:
         strategy: between the vision tower and the projector.

@@ -158,6 +158,24 @@ def test_a_strategy_that_fails_midway_ends_non_zero_and_scores_nothing(
     assert ran.answers == []
 
 
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("missing", "tokenprune: nothing was scored. Error during evaluation: "),
+        ("unscored", "tokenprune: nothing was scored. Error during evaluation: RetryError"),
+    ],
+)
+def test_what_fails_outside_of_the_model_ends_non_zero(
+    harness: Harness, task: str, words: str
+) -> None:
+    """lmms-eval's command prints such errors, and ends with exit code 0."""
+    ran = harness.run(task, "llava_hf_tokenprune", "--limit", "2", **MODEL, prune=SMALL)
+    assert ran.code == 1, ran.words
+    assert words in ran.words
+    assert "Traceback" in ran.words
+    assert ran.score is None
+
+
 def test_both_models_are_on_lmms_evals_list() -> None:
     from lmms_eval.models import MODEL_REGISTRY_V2
 

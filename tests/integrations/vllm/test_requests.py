@@ -95,3 +95,38 @@ def test_wrong_budgets_are_the_clients_fault(
     assert caught.value.status == 400
     assert words in str(caught.value)
     check(server.ask(question), plain.ask(question, SPEC), question)  # and the engine lives on
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"tokenprun": {"keep": 3}}, "has 'tokenprun', which nobody reads (did you mean"),
+        ({"keep": 3}, "a picture's budget is written {'tokenprune': {'keep': count or"),
+        ({"images_kwargs": {"tokenprune": {"keep": 3}}}, "mm_processor_kwargs['images_kwargs']"),
+        ({"tokenprune": {"kep": 3}}, "must be {'keep': count or fraction}, got {'kep': 3}"),
+        ({"tokenprune": 3}, "must be {'keep': count or fraction}, got 3"),
+        ({"tokenprune": None}, "is null; leave it out for the engine's own budget"),
+        # It would end the engine, of all clients, in the tower.
+        (
+            {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
+            "make pictures of 32x32 pixels, but the vision tower takes",
+        ),
+    ],
+)
+def test_options_that_nobody_reads_are_the_clients_fault(
+    server: Server, plain: Plain, more: dict[str, object], words: str
+) -> None:
+    """Also of a picture that is in all caches already."""
+    (question,) = questions(1, first=800)
+    check(server.ask(question), plain.ask(question, SPEC), question)
+    with pytest.raises(RefusedError) as caught:
+        server.ask(question, **more)
+    assert caught.value.status == 400
+    assert words in str(caught.value)
+    check(server.ask(question), plain.ask(question, SPEC), question)
+
+
+def test_options_of_the_processor_are_let_through(server: Server, plain: Plain) -> None:
+    asked = replace(questions(1, first=810)[0], keep=20)
+    said = server.ask(asked, do_convert_rgb=True, images_kwargs={"do_normalize": True})
+    check(said, plain.ask(asked, SPEC), asked)
