@@ -180,3 +180,17 @@ def _gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     assert all(gradient.isfinite().all() for gradient in found.values())
     return found
+
+
+@pytest.mark.parametrize("layer", [1, 3, 5])
+def test_a_positive_feature_layer_counts_hidden_states(layer: int) -> None:
+    """Hidden state n comes out of block n - 1, so that scores end there."""
+    model = tiny_llava(feature_layer=layer)
+    inputs = collate(prompts())
+    single = "cls-attention(layers=1) | evict(4) @ before-llm"
+    with torch.no_grad(), tokenprune.attach(model, single) as attachment:
+        model(**inputs)
+    scores = attachment.last.scores
+    images = torch.cat([torch.stack(row.images) for row in prompts() if row.images])
+    close(scores, oracle.eager_scores(model, images, layers=1))
+    assert attachment.last.plan.anchors.tolist() == oracle.kept_indices(scores, 4)

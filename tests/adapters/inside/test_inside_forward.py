@@ -15,6 +15,7 @@ from transformers import DynamicCache
 import tokenprune
 from support.inside_oracle import Cut, Recompute, evict, greedy
 from support.llava import BOS, IMAGE, PATCHES, Row, collate, generate, picture, prompts, tiny_llava
+from support.outputs import cache_of
 from tokenprune import AttachError, MissingSignalError, UnsupportedError
 
 POSITIONS = pytest.mark.parametrize("positions", ["original", "reindexed"])
@@ -368,3 +369,17 @@ def test_an_attached_model_cannot_be_copied(llava: Any) -> None:
         pytest.raises(AttachError, match="detach before copying"),
     ):
         copy.deepcopy(model)
+
+
+@torch.no_grad()
+def test_one_token_less_in_the_whole_batch_is_one_less(llava: Any) -> None:
+    """A stage that drops a single token of a single picture has not kept all."""
+    model, row = llava(), prompts()[0]
+    spec = f"cls-attention | evict({PATCHES - 1}) @ after-layer(1)"
+    with tokenprune.attach(model, spec) as attachment:
+        out = model(**collate([row]), use_cache=True)
+    cuts = [Cut(1, evict(PATCHES - 1, "cls"), "original")]
+    close(out.logits[0, -1], Recompute(model, row, cuts).logits([]))
+    assert attachment.report.layers == ((0, PATCHES), (1, PATCHES - 1))
+    lengths = [layer.keys.shape[2] for layer in cache_of(out).layers]
+    assert lengths == [len(row.ids)] + [len(row.ids) - 1] * 2
