@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import tokenprune
+from support import llava_next, video_llava
 from support.flash import flash_attention
 from support.llava import BOS, IMAGE, PATCHES, Row, picture, tiny_llava
 from tokenprune import UnsupportedError
@@ -189,3 +190,36 @@ def test_watching_reads_the_last_token_of_each_conversation(llava: MakeLlava) ->
             model(**alone(row))
             each.append(seen.steps[0])
     torch.testing.assert_close(together, torch.cat(each), rtol=0, atol=1e-6)
+
+
+def joined(rows: list[Any], collate: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What padding-free collation makes of prompts, and each of them alone."""
+    whole = dict(collate(rows))
+    del whole["attention_mask"]
+    whole["input_ids"] = torch.tensor([[token for row in rows for token in row.ids]])
+    whole["position_ids"] = torch.cat([torch.arange(len(row.ids)) for row in rows])[None]
+    each = [dict(collate([row])) for row in rows]
+    for inputs in each:
+        del inputs["attention_mask"]
+    return whole, each
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "cls-attention | evict(8) @ before-llm",
+        "cls-attention | evict(8) @ before-llm(positions='original')",
+        "fastv | evict(8) @ after-layer(1)",
+        "cls-attention | evict(12) @ before-llm; fastv(queries='text') | evict(5) @ after-layer(2)",
+    ],
+)
+@pytest.mark.parametrize("family", [llava_next, video_llava], ids=["next", "video"])
+@torch.no_grad()
+def test_conversations_with_tiles_and_videos(family: Any, spec: str) -> None:
+    model = llava_next.tiny_llava_next() if family is llava_next else video_llava.tiny_video_llava()
+    rows = family.prompts()
+    whole, each = joined(rows, family.collate)
+    with tokenprune.attach(model, spec):
+        got = model(**whole, use_cache=False).logits[0]
+        wanted = torch.cat([model(**inputs, use_cache=False).logits[0] for inputs in each])
+    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5)
