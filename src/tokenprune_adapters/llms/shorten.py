@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tokenprune.adapter import NotCopyable, Removable
 from tokenprune.errors import UnsupportedError
+from tokenprune.kept import Origin
 from tokenprune.placement import Positions
 from tokenprune.plan import Plan
 from tokenprune.report import Record
@@ -60,6 +61,7 @@ class Run:
         images: which slots of the latest segment are visual, where stages inside want to know.
         known: signals of the vision tower about the tokens that are left of the images.
         counts: tokens of each image, by the layer from which on they are left; 0 is the input.
+        origins: what each image is, for the report; None for a copy of another one.
         seats: where the visual tokens of the latest segment sit, once a layer has asked.
         rows: what the text of the latest segment attends to, by signal and layer.
         rotary: cosine and sine of each segment but the first, by its first layer.
@@ -72,6 +74,7 @@ class Run:
     images: Images | None = None
     known: Signals = field(default_factory=Signals)
     counts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    origins: tuple[Origin | None, ...] = ()
     seats: Seats | None = None
     rows: dict[tuple[type[Signal], int], Tensor] = field(default_factory=dict)
     rotary: dict[int, Any] = field(default_factory=dict)
@@ -191,11 +194,15 @@ class ShortenPrompts(NotCopyable):
     def after(
         self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        run = carried(self.calls(args, kwargs).embeds)
-        if not isinstance(run, Run):
+        embeds = self.calls(args, kwargs).embeds
+        if embeds is None:
             return None
-        given = Output(output)
+        run, given = carried(embeds), Output(output)
         cache = given.cache
+        if not isinstance(run, Run):
+            if embeds.shape[1] > 1 or cache is None or cache.get_seq_length() == 1:
+                self.record.cached(*stored_bytes(cache))
+            return None
         if cache is not None:
             check_cache(cache)
             shortened = any(segment.layout is not None for segment in run.segments.values())
@@ -203,10 +210,10 @@ class ShortenPrompts(NotCopyable):
             # prompt may have lost nothing.
             if shortened or state_of(cache) is not None:
                 note(cache, {start: segment.after for start, segment in run.segments.items()})
-            if shortened:
+            if shortened or embeds.shape[1] > 1:  # not a decoding step
                 self.record.cached(*stored_bytes(cache))
         if run.counts and run.images is not None:
-            self.record.counted(run.images.tokens, run.counts)
+            self.record.counted(run.images.tokens, run.counts, run.origins)
         assert given.last is not None
         states = given.states
         if states is not None:
