@@ -98,13 +98,12 @@ def _concatenated(reductions: Sequence[Reduction]) -> Reduction:
         dense = [plan.dense() for plan in plans]
         weights = cat([pad(x, (0, slots - x.shape[2])) for x in dense], kept)
     fields = ("features", "mask", "positions", "sizes", "protected")
+    columns = [cat([getattr(each, name) for each in tokens], kept) for name in fields]
+    columns.append(torch.cat([each.ids.to(device) for each in tokens]))
     scores = [each.scores for each in reductions if each.scores is not None]
     positions = [each.positions for each in reductions if each.positions is not None]
     return Reduction(
-        VisualTokens(
-            *(cat([getattr(each, name) for each in tokens], kept) for name in fields),
-            torch.cat([each.ids.to(device) for each in tokens]),
-        ),
+        VisualTokens(*columns),
         Plan(
             cat([plan.anchors for plan in plans], kept),
             cat([plan.mask for plan in plans], kept),

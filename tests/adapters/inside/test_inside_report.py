@@ -41,7 +41,7 @@ def test_tokens_per_layer_and_bytes(llava: Any) -> None:
 
 
 def test_with_a_stage_before_the_llm(llava: Any) -> None:
-    """One batch is one call, however many places reduce it; beams are rows of their own."""
+    """One batch is one call, however many places reduce it; beams are no pictures."""
     model = llava()
     stages = ["cls-attention | evict(10) @ before-llm", "fastv | evict(4) @ after-layer(1)"]
     with tokenprune.attach(model, *stages) as attachment:
@@ -54,8 +54,8 @@ def test_with_a_stage_before_the_llm(llava: Any) -> None:
         assert report.kv_bytes_vanilla == kv_bytes([WIDTH] * LAYERS)
         generate(model, collate(prompts()[:1]), steps=2, num_beams=2)
         report = attachment.report
-    assert report.layers == ((0, 20), (1, 8))
-    assert (report.calls, report.tokens_before, report.tokens_after) == (2, 48 + 32, 12 + 8)
+    assert report.layers == ((0, 10), (1, 4))
+    assert (report.calls, report.tokens_before, report.tokens_after) == (2, 48 + 16, 12 + 4)
 
 
 @pytest.mark.parametrize("stage", ["fastv | evict(16) @ after-layer(1)", "uniform | evict(1.0)"])

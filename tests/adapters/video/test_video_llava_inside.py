@@ -332,17 +332,16 @@ def test_what_strategies_see(model: Any) -> None:
 
 
 @PER
-def test_the_report_counts_in_the_order_of_the_prompts(model: Any, per: str) -> None:
+def test_the_report_counts_pictures_and_then_videos(model: Any, per: str) -> None:
+    """As before the LLM, whatever their order in the prompts."""
     with tokenprune.attach(model, before(10, per), spec(4, 1, per=per)) as attachment:
         generate(model, collate(prompts()), 2)
         report = attachment.report
-    pictures, videos = (PATCHES, 4), (FRAMES * PATCHES, 4)
-    images = [pictures, videos, videos, pictures, videos, pictures]
-    if per == "frame":
-        images = [pictures] * 12
+    frames = 1 if per == "image" else FRAMES  # that have a budget of their own
+    images = [(PATCHES, 4)] * 3 + [(FRAMES * PATCHES, 4 * frames)] * 3
     assert [(image.before, image.after) for image in report.images] == images
     assert report.calls == 1
-    assert report.layers == ((0, 10 * len(images)), (1, 4 * len(images)))
+    assert report.layers == ((0, 10 * (3 + 3 * frames)), (1, 4 * (3 + 3 * frames)))
 
 
 def test_merging_inside_never_takes_cls(model: Any) -> None:
