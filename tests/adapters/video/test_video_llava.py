@@ -438,6 +438,35 @@ def test_provenance_of_what_is_kept(model: Any) -> None:
         assert tokens.positions[row].tolist() == kept(model, part, 9)
 
 
+@pytest.mark.parametrize("per", ["image", "frame"])
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {}], ids=["beams", "greedy"])
+def test_the_report_tells_picture_video_frame_and_patch(
+    model: Any, per: str, options: dict[str, Any]
+) -> None:
+    """One entry for each, pictures first, as in `images`; a row for each budget in `last`."""
+    with tokenprune.attach(model, spec(5, per)) as attachment:
+        generate(model, collate(prompts()), 2, **options)
+    report, last = attachment.report, attachment.last
+    visual = [part for row in prompts() for part in row.visual]
+    parts = [p for p in visual if p.ndim == 3] + [p for p in visual if p.ndim == 4]
+    assert [(left.kind, left.number) for left in report.kept] == [
+        *(("image", number) for number in range(3)),
+        *(("video", number) for number in range(3)),
+    ]
+    for part, image, left in zip(parts, report.images, report.kept, strict=True):
+        wanted = kept(model, part, 5, per)
+        pairs = zip(left.frame, left.patch, strict=True)
+        assert [frame * PATCHES + patch for frame, patch in pairs] == sorted(wanted)
+        assert image.after == len(left) == len(wanted)
+    rows = [(o.kind, o.number, o.crop) for o in last.origins]
+    frames = range(1 if per == "image" else FRAMES)
+    assert rows == [
+        *(("image", number, 0) for number in range(3)),
+        *(("video", number, frame) for number in range(3) for frame in frames),
+    ]
+    assert last.plan.lengths == (5,) * len(rows)
+
+
 @torch.no_grad()
 def test_features_of_an_output_are_those_that_entered(model: Any) -> None:
     prompt = prompts()[3]
