@@ -18,6 +18,7 @@ from .errors import (
     UnknownNameError,
     UnsupportedError,
 )
+from .kept import Kept, Origin
 from .placement import AfterLayer, BeforeLLM, Placement
 from .plan import Plan
 from .plugins import (
@@ -94,12 +95,14 @@ __all__ = [
     "JointClsAttention",
     "KMeans",
     "Keep",
+    "Kept",
     "Keys",
     "LastQueryAttention",
     "MissingSignalError",
     "ModelAdapter",
     "ModelPlugin",
     "Observation",
+    "Origin",
     "Placement",
     "Plan",
     "PluginError",

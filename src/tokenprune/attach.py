@@ -45,7 +45,11 @@ class Attachment:
 
     @property
     def last(self) -> Reduction:
-        """The latest reduction: its tokens, plan (provenance) and scores."""
+        """The latest reduction: its tokens, plan (provenance) and scores.
+
+        A row is what shares a budget; `origins` says what each shows. Pictures come first and then
+        videos, as in the report. Copies that `generate` makes of a prompt are left out.
+        """
         return self._record.last
 
     def detach(self) -> None:

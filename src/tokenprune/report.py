@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from .errors import AttachError
+from .errors import AttachError, ShapeError
+from .kept import Kept, Origin
+from .latest import Part, joined, kept_of
 from .strategy import Reduction
+
+Origins: TypeAlias = Sequence[Origin | None]
+"""What each row of a reduction shows; none for a picture in each row."""
 
 
 @dataclass(frozen=True)
 class ImageReport:
-    """Visual tokens of one image (or crop) before and after reduction."""
+    """Visual tokens of one picture or video before and after reduction."""
 
     before: int
     after: int
@@ -28,25 +32,29 @@ class ImageReport:
 class Report:
     """Numbers of an attachment.
 
+    A call is one batch of prompts with pictures or videos. Copies of a prompt, which `generate`
+    makes for beams and for `num_return_sequences`, are not counted.
+
     Attributes:
-        images: visual tokens of each image of the latest call, in order, before the first stage and
-            after the last.
-        layers: the latest call's visual tokens, all images together, in the LLM (or in a tower that
-            is itself the model): pairs of a layer and the tokens from that layer on.
-        kept: for each image of the latest reduction, where the kept tokens come from: patches, or
-            crop (or frame) times patches per crop plus patch; see `Reduction.places`.
-        calls: batches of images reduced since attaching.
+        images: visual tokens of each picture and video of the latest call, before the first stage
+            and after the last: pictures first and then videos, each in the order in which they
+            were given.
+        layers: the latest call's visual tokens, all pictures and videos together, in the LLM (or in
+            a tower that is itself the model): pairs of a layer and the tokens from that layer on.
+        kept: where the tokens that are left of each picture and video come from, in the order of
+            `images`.
+        calls: calls since attaching.
         tokens_before: visual tokens of all those calls, before the first stage.
         tokens_after: the same, after the last.
         selector_seconds: time spent scoring, deciding and applying, over all calls.
-        kv_bytes: bytes of KV cache after the latest prefill, as it was stored; 0, like the next,
-            where nothing was dropped or nothing is cached.
+        kv_bytes: bytes of KV cache after the latest prefill, as it was stored, also of a prompt of
+            text alone; 0, like the next, where nothing is cached.
         kv_bytes_vanilla: what the unpruned model would have stored for the same prompt.
     """
 
     images: tuple[ImageReport, ...] = ()
     layers: tuple[tuple[int, int], ...] = ()
-    kept: tuple[tuple[int, ...], ...] = ()
+    kept: tuple[Kept, ...] = ()
     calls: int = 0
     tokens_before: int = 0
     tokens_after: int = 0
@@ -90,60 +98,88 @@ def _bytes(count: int) -> str:
 
 @dataclass
 class Record:
-    """Where an adapter writes what it did; safe to share between threads."""
+    """Where an adapter writes what it did; safe to share between threads.
+
+    Each row of a reduction shows a picture, unless `origins` say otherwise: that it is a video, or
+    a crop or frame of something; None marks a row as a copy of another one, which is not reported.
+    """
 
     _report: Report = field(default_factory=Report)
-    _last: Reduction | None = None
+    _parts: tuple[Part, ...] = ()
     _pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _joining: threading.local = field(default_factory=threading.local)
+    _local: _Local = field(default_factory=lambda: _Local())
 
-    def reduced(self, reduction: Reduction, before: tuple[int, ...]) -> None:
-        """Note a reduction, before the LLM, of images with `before` visual tokens each."""
-        self.decided(reduction)
-        self.counted(before, {0: reduction.plan.lengths})
+    def reduced(self, reduction: Reduction, before: tuple[int, ...], origins: Origins = ()) -> None:
+        """Note a reduction, before the LLM, of rows with `before` visual tokens each."""
+        self.decided(reduction, origins)
+        self.counted(before, {0: reduction.plan.lengths}, origins)
 
-    def decided(self, reduction: Reduction) -> None:
+    def decided(self, reduction: Reduction, origins: Origins = ()) -> None:
         """Note a reduction as the latest, without counting tokens; KV bytes are not known yet."""
+        mine = self._local
+        earlier = mine.parts if mine.joining else ()
+        shown = [origin for part in earlier for origin in part.origins]
+        part = Part(reduction, _numbered(origins, reduction.plan.anchors.shape[0], shown))
+        mine.parts = (*earlier, part)
         with self._lock:
-            self._last = reduction
+            self._parts = mine.parts
             self._update(kv_bytes=0, kv_bytes_vanilla=0)
 
-    def counted(self, before: tuple[int, ...], after: Mapping[int, tuple[int, ...]]) -> None:
-        """Note the visual tokens of a batch of images: one call (but see `same_call`).
+    def counted(
+        self,
+        before: tuple[int, ...],
+        after: Mapping[int, tuple[int, ...]],
+        origins: Origins = (),
+    ) -> None:
+        """Note the visual tokens of the rows of a call (but see `same_call`).
 
         Args:
-            before: of each image as the vision tower made it.
-            after: of each image from an LLM layer on, by layer, ascending; 0 is the LLM's input.
+            before: of each row as the vision tower made it.
+            after: of each row from an LLM layer on, by layer, ascending; 0 is the LLM's input.
+            origins: what each row shows; of several rows of one picture, tokens are added up.
         """
-        *_, last = after.values()
-        images = tuple(ImageReport(b, a) for b, a in zip(before, last, strict=True))
-        layers = {layer: sum(tokens) for layer, tokens in after.items()}
+        mine = self._local
+        rows = mine.rows if mine.joining else ()
+        rows += tuple(
+            _Row(origin, tokens, dict(zip(after, left, strict=True)))
+            for origin, tokens, *left in zip(
+                _numbered(origins, len(before), [row.origin for row in rows]),
+                before,
+                *after.values(),
+                strict=True,
+            )
+            if origin is not None
+        )
+        added = rows[len(mine.rows) :] if mine.joining else rows
+        calls = 0 if mine.joining else 1
+        images: dict[tuple[bool, int], ImageReport] = {}
+        for row in rows:
+            one = images.get(row.origin.order, ImageReport(0, 0))
+            images[row.origin.order] = ImageReport(one.before + row.before, one.after + row.last)
+        layers = {layer: sum(row.after[layer] for row in rows) for layer in after}
+        mine.rows = rows
         with self._lock:
-            joins = getattr(self._joining, "yes", False)
-            if joins:
-                images = self._report.images + images
-                layers = {layer: n + layers[layer] for layer, n in self._report.layers}
             self._update(
-                images=images,
+                images=tuple(images[order] for order in sorted(images)),
                 layers=tuple(layers.items()),
-                calls=self._report.calls + (not joins),
-                tokens_before=self._report.tokens_before + sum(before),
-                tokens_after=self._report.tokens_after + sum(last),
+                calls=self._report.calls + calls,
+                tokens_before=self._report.tokens_before + sum(row.before for row in added),
+                tokens_after=self._report.tokens_after + sum(row.last for row in added),
             )
 
     @contextmanager
     def same_call(self) -> Iterator[None]:
-        """What this thread counts in here joins the call that was counted last.
+        """What this thread notes in here joins the call that it noted last.
 
         For models that reduce the images of one batch in parts, such as pictures and videos; each
         part must count the same layers.
         """
-        self._joining.yes = True
+        self._local.joining = True
         try:
             yield
         finally:
-            self._joining.yes = False
+            self._local.joining = False
 
     def cached(self, stored: int, vanilla: int) -> None:
         """Note the bytes of the KV cache after a prefill."""
@@ -178,24 +214,19 @@ class Record:
         """The numbers so far; waits for the GPU where timings are still out."""
         with self._lock:
             self._settle(wait=True)
-            if self._last is None:
-                return self._report
-            tokens = self._last.tokens
-            rows = zip(tokens.positions.tolist(), tokens.mask.tolist(), strict=True)
-            kept = tuple(tuple(itertools.compress(places, mask)) for places, mask in rows)
-            return replace(self._report, kept=kept)
+            return replace(self._report, kept=kept_of(self._parts))
 
     @property
     def last(self) -> Reduction:
-        """The latest reduction.
+        """The latest reduction, its rows in the order of the report and without copies.
 
         Raises:
             AttachError: no image has been reduced yet.
         """
         with self._lock:
-            if self._last is None:
+            if not self._parts:
                 raise AttachError("no image has been reduced yet: run the attached model first")
-            return self._last
+            return joined(self._parts)
 
     def _settle(self, wait: bool) -> None:
         """Add up the timings that are in, or all of them."""
@@ -207,3 +238,36 @@ class Record:
 
     def _update(self, **changes: Any) -> None:
         self._report = replace(self._report, **changes)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Visual tokens of a row: `before`, and from each layer on."""
+
+    origin: Origin
+    before: int
+    after: dict[int, int]
+
+    @property
+    def last(self) -> int:
+        """Tokens after the last stage."""
+        *_, last = self.after.values()
+        return last
+
+
+class _Local(threading.local):
+    """Latest call of a thread, which parts that come in `same_call` join."""
+
+    joining: bool = False
+    parts: tuple[Part, ...] = ()
+    rows: tuple[_Row, ...] = ()
+
+
+def _numbered(
+    origins: Origins, rows: int, earlier: Sequence[Origin | None]
+) -> tuple[Origin | None, ...]:
+    """`origins`, or for none a picture for each row, counted after the `earlier` ones."""
+    if origins and len(origins) != rows:
+        raise ShapeError(f"origins must tell of each of {rows} rows, got {len(origins)} origins")
+    first = sum(origin is not None for origin in earlier)
+    return tuple(origins) or tuple(Origin(first + row) for row in range(rows))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .errors import ScoreError, ShapeError, SpecError
 from .idle import check_budgets_fall, check_scores_are_read
+from .kept import Origin
 from .placement import Placement
 from .plan import Plan
 from .precision import full_precision
@@ -73,15 +74,16 @@ class Reduction:
         tokens: the reduced visual tokens.
         plan: all steps as one plan, with respect to the input.
         scores: `(batch, tokens)` float32 of the first scorer on the input, or None.
-        places: `(batch, tokens)` int64, where the slots of the plan come from: the `positions` of
-            the input. A patch of its picture; in models that cut pictures into crops, or show
-            frames, crop times patches per crop plus patch.
+        positions: `(batch, tokens)` int64, the `positions` of the input, -1 where a row is padded;
+            an `Origin` tells which crop (or frame) and patch they mean.
+        origins: what each row shows, where a model was asked; `Attachment.last` tells it.
     """
 
     tokens: VisualTokens
     plan: Plan
     scores: Tensor | None = None
-    places: Tensor | None = None
+    positions: Tensor | None = None
+    origins: tuple[Origin, ...] = ()
 
 
 @dataclass(frozen=True, init=False)
@@ -141,7 +143,7 @@ class Strategy:
 
     def _run(self, tokens: VisualTokens, signals: Signals) -> Reduction:
         plan: Plan | None = None
-        places = tokens.positions
+        positions = tokens.positions.masked_fill(~tokens.mask, -1)
         scores = first = None
         for number, step in enumerate(self.steps, start=1):
             if isinstance(step, Scorer):
@@ -158,7 +160,7 @@ class Strategy:
                 signals = signals.reduce(decided)
                 scores = None if scores is None else decided(scores)
         assert plan is not None
-        return Reduction(tokens, plan, first, places)
+        return Reduction(tokens, plan, first, positions)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.kept import Origin
+
 from .rowing import Rows
 
 NEWLINE = -1
@@ -57,7 +59,13 @@ class Packing:
 
     def per_image(self) -> Rows:
         """One row per image: its patches that are packed, in packed order."""
-        return Rows.of([source[source != NEWLINE] for source in self.sources], self.patches)
+        numbers = [source[source != NEWLINE] for source in self.sources]
+        return Rows.of(numbers, self.patches, self.origins)
+
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """What the rows of `per_image` show."""
+        return tuple(Origin(image, patches=self.patches) for image in range(len(self.crops)))
 
     def per_crop(self) -> Rows:
         """One row per crop: its patches that are packed, in raster order."""
@@ -65,7 +73,12 @@ class Packing:
         for source in self.sources:
             present[source[source != NEWLINE]] = True
         numbers = torch.arange(present.shape[0]).reshape(-1, self.patches)
-        return Rows.of([each[present[each]] for each in numbers], self.patches)
+        origins = [
+            Origin(image, crop=crop)
+            for image, crops in enumerate(self.crops)
+            for crop in range(crops)
+        ]
+        return Rows.of([each[present[each]] for each in numbers], self.patches, origins)
 
 
 def _crops(core: Any, size: Tensor) -> int:

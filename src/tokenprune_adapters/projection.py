@@ -69,10 +69,10 @@ class ReduceBeforeProjector(NotCopyable):
             rows = self._rows(features)
             tokens, signals = rows.tokens(features, seen.ids), rows.signals(signals)
             reduction = self.strategy(tokens, signals)
-        self.record.decided(reduction)
+        self.record.decided(reduction, rows.origins)
         plan = reduction.plan
         if self.later is None:
-            self.record.counted(tokens.lengths, {0: plan.lengths})
+            self.record.counted(tokens.lengths, {0: plan.lengths}, rows.origins)
         if plan.weights is None and plan.lengths == tokens.lengths:
             known = _known(tokens, signals)
             return (carry(features, _Left(None, known)), *args[1:])

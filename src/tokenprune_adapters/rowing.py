@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from tokenprune.kept import Origin
 from tokenprune.signals import Signals
 from tokenprune.tokens import VisualTokens
 
@@ -21,11 +23,13 @@ class Rows:
         index: `(rows, slots)` int64 into crops times patches; 0 where padded.
         mask: `(rows, slots)` bool, False where padded; None where each row is a whole crop.
         patches: per crop.
+        origins: picture, video, crop or frame that each row shows; none where each is a picture.
     """
 
     index: Tensor
     mask: Tensor | None
     patches: int
+    origins: tuple[Origin, ...] = ()
 
     @classmethod
     def of_crops(cls, features: Tensor) -> Rows:
@@ -35,16 +39,17 @@ class Rows:
         return cls(index.reshape(crops, patches), None, patches)
 
     @classmethod
-    def of(cls, numbers: list[Tensor], patches: int) -> Rows:
-        """One row for each `(patches,)` int64, counted over all crops."""
+    def of(cls, numbers: list[Tensor], patches: int, origins: Sequence[Origin]) -> Rows:
+        """One row for each `(patches,)` int64, counted over all crops, and its origin."""
         index = pad_sequence(numbers, batch_first=True)
         lengths = torch.tensor([len(each) for each in numbers])
-        return cls(index, torch.arange(index.shape[1]) < lengths[:, None], patches)
+        mask = torch.arange(index.shape[1]) < lengths[:, None]
+        return cls(index, mask, patches, tuple(origins))
 
     def to(self, device: torch.device) -> Rows:
         """The same on another device."""
         mask = None if self.mask is None else self.mask.to(device)
-        return Rows(self.index.to(device), mask, self.patches)
+        return Rows(self.index.to(device), mask, self.patches, self.origins)
 
     def tokens(self, features: Tensor, ids: Tensor) -> VisualTokens:
         """The patches of `(crops, patches, channels)` features, in rows.
@@ -60,11 +65,11 @@ class Rows:
         ids = ids.to(features.device)[first]
         if self.mask is None:
             return VisualTokens.of(features, ids=ids)
-        places = self.index - first[:, None] * self.patches
+        positions = self.index - first[:, None] * self.patches
         return VisualTokens.of(
             self.take(features),
             mask=self.mask,
-            positions=places.masked_fill(~self.mask, 0),
+            positions=positions.masked_fill(~self.mask, 0),
             ids=ids,
         )
 

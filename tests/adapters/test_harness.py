@@ -208,18 +208,30 @@ def asked(model: Any, processor: Any, keep: float, account: Account) -> None:
         account.add(pruned.report)
 
 
-def test_prompts_that_keep_everything_do_not_count_as_empty_caches(tmp_path: Path) -> None:
-    """A report has KV bytes of shortened prompts alone."""
-    whole, small, model = Account(), Account(), pocket.load()
-    asked(*model, 1.0, whole)
-    whole.write(tmp_path / "report.json", {})
+def test_prompts_that_keep_everything_count_with_the_cache_that_they_have() -> None:
+    both, small, model = Account(), Account(), pocket.load()
+    asked(*model, 1.0, both)
+    assert both.means()["kv_bytes"] == both.means()["kv_bytes_vanilla"] == both.kv_bytes > 0
+    whole = both.kv_bytes
+    asked(*model, 9, small)
+    assert small.kv_bytes < small.kv_bytes_vanilla == whole
+    both.latest = Report()
+    asked(*model, 9, both)
+    assert both.means()["kv_bytes"] == (whole + small.kv_bytes) / 2
+    assert both.means()["kv_bytes_vanilla"] == whole
+
+
+def test_prompts_without_a_cache_do_not_count_as_empty_caches(tmp_path: Path) -> None:
+    account = Account()
+    account.add(Report((ImageReport(64, 4),), ((0, 4),), (), 1, 64, 4, 0.5, 80, 1280))
+    account.add(Report((ImageReport(64, 4),), ((0, 4),), (), 2, 128, 8, 1.0, 0, 0))
+    assert account.means()["kv_bytes"] == 80
+    account = Account()
+    account.add(Report((ImageReport(64, 4),), ((0, 4),), (), 1, 64, 4, 0.5))
+    account.write(tmp_path / "report.json", {})
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["kv_bytes"] is written["kv_bytes_vanilla"] is None
-    assert "kv_bytes" not in whole.means()
-    asked(*model, 9, small)
-    both = Account(2, 2, {}, small.shortened, small.kv_bytes, small.kv_bytes_vanilla, small.latest)
-    assert both.means()["kv_bytes"] == small.means()["kv_bytes"] == small.kv_bytes > 0
-    assert both.means()["kv_bytes_vanilla"] == small.kv_bytes_vanilla
+    assert "kv_bytes" not in account.means()
 
 
 def test_pictures_of_a_task_are_decoded_as_ours_are() -> None:

@@ -10,7 +10,7 @@ import torch
 import tokenprune
 from support.llava import PATCHES, Row, collate, generate, picture, prompts, spec, tiny_llava
 from support.outputs import shown_features
-from tokenprune import AttachError, ImageReport
+from tokenprune import AttachError, ImageReport, Kept
 
 from .conftest import MakeLlava
 
@@ -114,3 +114,99 @@ def test_image_features_of_an_output_are_those_that_entered(llava: MakeLlava) ->
     )
     assert seen.isfinite().all()
     torch.testing.assert_close(seen, kept, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}],
+    ids=["beams", "sequences"],
+)
+def test_copies_that_generate_makes_are_not_counted(
+    llava: MakeLlava, options: dict[str, Any]
+) -> None:
+    with tokenprune.attach(llava(), spec(4)) as attachment:
+        llava().generate(**collate(prompts()), max_new_tokens=3, eos_token_id=None, **options)
+    report = attachment.report
+    assert report.images == (ImageReport(PATCHES, 4),) * 3
+    assert report.layers == ((0, 12),)
+    assert (report.calls, report.tokens_before, report.tokens_after) == (1, 48, 12)
+    assert len(report.kept) == len(attachment.last.plan.lengths) == 3
+
+
+def test_a_picture_that_was_given_twice_counts_twice(llava: MakeLlava) -> None:
+    twice = [Row([1, picture(1), 5]), Row([1, picture(1), 6, 7])]
+    with tokenprune.attach(llava(), spec(4)) as attachment:
+        generate(llava(), collate(twice), num_beams=2)
+    assert attachment.report.images == (ImageReport(PATCHES, 4),) * 2
+    first, second = attachment.report.kept
+    assert (first.number, second.number) == (0, 1)
+    assert first.patch == second.patch
+
+
+def test_kept_tells_the_patches_of_each_picture(llava: MakeLlava) -> None:
+    with tokenprune.attach(llava(), spec(4)) as attachment:
+        generate(llava(), collate(prompts()), steps=1)
+    anchors = attachment.last.plan.anchors.tolist()
+    assert attachment.report.kept == tuple(
+        Kept("image", number, (0,) * 4, tuple(row)) for number, row in enumerate(anchors)
+    )
+
+
+def test_kept_tells_the_anchor_of_a_merged_token(llava: MakeLlava) -> None:
+    with tokenprune.attach(llava(), "tome(5)") as attachment:
+        generate(llava(), collate(prompts()[:1]), steps=1)
+    plan = attachment.last.plan
+    assert plan.weights is not None
+    members = [row.nonzero().flatten().tolist() for row in plan.weights[0]]
+    assert max(map(len, members)) > 1
+    (kept,) = attachment.report.kept
+    assert kept.patch == tuple(min(each) for each in members)
+
+
+def test_bytes_are_of_the_latest_call_also_without_a_picture(llava: MakeLlava) -> None:
+    model = llava()
+    with tokenprune.attach(model, spec(4)) as attachment:
+        generate(model, collate(prompts()), steps=2)
+        pictures = attachment.report
+        generate(model, collate([Row([1, 5, 6, 7])]), steps=3)
+        text = attachment.report
+        assert text.kv_bytes == text.kv_bytes_vanilla == cache_bytes(4, 1, model)
+        assert text.images == pictures.images  # of the latest call with pictures
+        generate(model, collate([Row([1])]), steps=3)
+        assert attachment.report.kv_bytes == cache_bytes(1, 1, model)
+        with torch.no_grad():
+            model(**collate([Row([1, 5, 6, 7])]), use_cache=False)
+        assert attachment.report.kv_bytes == attachment.report.kv_bytes_vanilla == 0
+
+
+@torch.no_grad()
+def test_bytes_are_of_the_latest_turn_also_without_a_picture(llava: MakeLlava) -> None:
+    model = llava()
+    first, more = collate([Row([1, 11, picture(1), 12])]), torch.tensor([[21, 22, 23]])
+    width = first["input_ids"].shape[1]
+    short = width - (PATCHES - 4)
+    with tokenprune.attach(model, spec(4)) as attachment:
+        cache = model(**first, use_cache=True).past_key_values
+        assert attachment.report.kv_bytes == cache_bytes(short, 1, model)
+        cache = model(input_ids=more, past_key_values=cache).past_key_values
+    report = attachment.report
+    assert report.kv_bytes == cache_bytes(short + 3, 1, model)
+    assert report.kv_bytes == sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+    assert report.kv_bytes_vanilla == cache_bytes(width + 3, 1, model)
+
+
+def test_bytes_where_everything_is_kept(llava: MakeLlava) -> None:
+    model = llava()
+    with tokenprune.attach(model, spec(1.0)) as attachment:
+        generate(model, collate(prompts()), steps=2)
+    width = collate(prompts())["input_ids"].shape[1]
+    report = attachment.report
+    assert report.kv_bytes == report.kv_bytes_vanilla == cache_bytes(width, 3, model)
+
+
+def test_a_static_cache_of_a_text_has_no_bytes_to_tell(llava: MakeLlava) -> None:
+    model = llava()
+    with tokenprune.attach(model, spec(4)) as attachment:
+        generate(model, collate(prompts()), steps=2)
+        generate(model, collate([Row([1, 5, 6])]), steps=2, cache_implementation="static")
+    assert attachment.report.kv_bytes == attachment.report.kv_bytes_vanilla == 0

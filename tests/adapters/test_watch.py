@@ -154,8 +154,8 @@ def test_beside_an_attachment_that_keeps_everything(family: Family) -> None:
             attachment.detach()
             check(seen, wanted(family, batch, inputs, text))
             reduction = attachment.last
-            assert reduction.places is not None
-            assert torch.equal(reduction.places, seen.places)
+            assert reduction.positions is not None
+            assert torch.equal(reduction.positions, seen.places)
             if stage.startswith("fastv"):
                 assert reduction.scores is not None
                 torch.testing.assert_close(seen.steps[0, :, 1], reduction.scores)

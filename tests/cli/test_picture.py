@@ -58,7 +58,7 @@ def test_methods_side_by_side(tokenprune: Command, tmp_path: Path) -> None:
             tokens = model.generate(**inputs, max_new_tokens=1)
         said = processor.decode(tokens[0, -1:], skip_special_tokens=True).strip()
         assert f"{spec} 9 of 64 visual tokens answer: {said} (" in drawn.text["Description"]
-        kept = set(pruned.report.kept[0])
+        kept = set(pruned.report.kept[0].patch)
         assert len(kept) == 9
         shown = panel(drawn, plain, column)
         for number in range(64):

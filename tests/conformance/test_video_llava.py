@@ -50,7 +50,7 @@ def by_hand(
 
 def models() -> Iterable[ModelCase]:
     for attention in ("sdpa", "eager"):
-        # With pictures and videos in one prompt, `attachment.last` is of the videos alone.
+        # Of a mixed prompt, the oracle wants what is kept in the prompt's order.
         yield ModelCase(
             f"Video-LLaVA with {attention}, before the LLM",
             partial(tiny_video_llava, attention),

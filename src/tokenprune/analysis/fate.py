@@ -33,7 +33,7 @@ class Fate:
     def of(
         cls,
         plan: Plan,
-        places: Tensor | None = None,
+        positions: Tensor | None = None,
         rows: Sequence[int] = (0,),
         crops: int = 1,
         patches: int | None = None,
@@ -42,15 +42,16 @@ class Fate:
 
         Args:
             plan: what was decided.
-            places: `(batch, tokens)` int64, the crop times patches plus patch of each slot, as in
-                `Reduction.places`; None where slots are the patches of one crop in raster order.
+            positions: `(batch, tokens)` int64, the crop times patches plus patch of each slot, -1
+                for padding, as in `Reduction.positions`; None where slots are the patches of one
+                crop in raster order.
             rows: the row of the plan that is the picture; where budgets are per crop, those of its
                 crops in order.
             crops: of the picture.
             patches: of a crop; None for as many as the plan has slots.
 
         Raises:
-            ShapeError: rows, places or patches do not fit the plan.
+            ShapeError: rows, positions or patches do not fit the plan.
         """
         batch, kept = plan.anchors.shape
         patches = plan.tokens if patches is None else patches
@@ -60,28 +61,22 @@ class Fate:
                 f"row must be in [0, {batch}), one for a picture or for each of its {crops} crops, "
                 f"got {wanted or 'none'}"
             )
-        if places is None:
-            places = plan.anchors.new_tensor(range(plan.tokens)).expand(batch, -1)
+        if positions is None:
+            positions = plan.anchors.new_tensor(range(plan.tokens)).expand(batch, -1)
         inside = patches * (crops if len(rows) == 1 else 1)
-        largest = int(places[list(rows)].max()) if places.numel() else 0
-        if tuple(places.shape) != (batch, plan.tokens) or largest >= inside:
+        largest = int(positions[list(rows)].max()) if positions.numel() else 0
+        if tuple(positions.shape) != (batch, plan.tokens) or largest >= inside:
             raise ShapeError(
-                f"places must have axes (batch tokens) = {(batch, plan.tokens)} and be below "
-                f"{inside}, got {tuple(places.shape)} up to {largest}"
+                f"positions must have axes (batch tokens) = {(batch, plan.tokens)} and be below "
+                f"{inside}, got {tuple(positions.shape)} up to {largest}"
             )
         of_patch: list[int | None] = [None] * (patches * crops)
         source = plan.source()
         for number, row in enumerate(rows):
-            if plan.lengths[row] == 0 and len(rows) > 1:
-                continue  # a crop that is padding alone
             first = number * patches
-            for slot, (place, goal) in enumerate(
-                zip(places[row].tolist(), source[row].tolist(), strict=True)
-            ):
-                # Padding of a row says that it is patch 0, which is a row's first slot if any.
-                if slot and not place:
-                    break
-                of_patch[first + place] = goal + number * kept if goal >= 0 else DROPPED
+            for position, goal in zip(positions[row].tolist(), source[row].tolist(), strict=True):
+                if position >= 0:
+                    of_patch[first + position] = goal + number * kept if goal >= 0 else DROPPED
         return cls(
             tuple(tuple(of_patch[n * patches : (n + 1) * patches]) for n in range(crops)),
         )

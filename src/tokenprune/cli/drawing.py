@@ -16,6 +16,7 @@ from ..analysis.fate import DROPPED, Fate
 from ..analysis.heat import heat_crops
 from ..analysis.overlay import draw_fate
 from ..errors import UnsupportedError
+from ..kept import Kept
 from ..strategy import Reduction
 from .loading import CommandError, Loaded
 
@@ -81,9 +82,10 @@ class Seen:
         """With discarded patches dark and merged ones in the colour of their group."""
         return draw_fate(self.crops, self.fate(reduction), self.grid, self.tiles, scale)
 
-    def kept(self, places: Sequence[int], scale: int) -> Image.Image:
-        """With all but the patches at `places` dark: crop times patches per crop plus patch."""
-        numbers = {place: number for number, place in enumerate(places)}
+    def kept(self, kept: Kept, scale: int) -> Image.Image:
+        """With all but the kept patches dark."""
+        pairs = zip(kept.crop, kept.patch, strict=True)
+        numbers = {crop * self.patches + patch: n for n, (crop, patch) in enumerate(pairs)}
         slots = [numbers.get(n, DROPPED) for n in range(self.patches * len(self.crops))]
         fate = Fate(tuple(tuple(slots[start : start + self.patches]) for start in self._starts))
         return draw_fate(self.crops, fate, self.grid, self.tiles, scale)
@@ -93,13 +95,13 @@ class Seen:
         fate = self.fate(reduction)
         values = [math.nan] * (self.patches * len(self.crops))
         rows = self._rows(reduction)
-        assert reduction.places is not None
+        assert reduction.positions is not None
         for number, row in enumerate(rows):
-            pairs = zip(reduction.places[row].tolist(), scores[row].tolist(), strict=True)
-            for slot, (place, score) in enumerate(pairs):
-                where = number * self.patches + place
+            pairs = zip(reduction.positions[row].tolist(), scores[row].tolist(), strict=True)
+            for position, score in pairs:
+                where = number * self.patches + position
                 crop, patch = divmod(where, self.patches)
-                if (place or not slot) and fate.crops[crop][patch] is not None:
+                if position >= 0 and fate.crops[crop][patch] is not None:
                     values[where] = score
         of_crops = [values[start : start + self.patches] for start in self._starts]
         return heat_crops(self.crops, of_crops, self.grid, self.tiles, scale)
@@ -107,7 +109,7 @@ class Seen:
     def fate(self, reduction: Reduction) -> Fate:
         """What became of every patch."""
         rows, crops = self._rows(reduction), len(self.crops)
-        return Fate.of(reduction.plan, reduction.places, rows, crops, self.patches)
+        return Fate.of(reduction.plan, reduction.positions, rows, crops, self.patches)
 
     @property
     def _starts(self) -> range:

@@ -158,8 +158,8 @@ def _kept(seen: Seen, spec: str, given: Answer, truth: str | None, scale: int) -
     counts = f"{after} of {before} visual tokens"
     if len(parse_schedule(spec)) > 1:
         # The last of several stages does not know what the others discarded.
-        (places,) = report.kept
-        drawn = seen.kept(places, scale)
+        (kept,) = report.kept
+        drawn = seen.kept(kept, scale)
     else:
         drawn = seen.reduced(reduction, scale)
         merged = _merged(reduction)

@@ -172,6 +172,8 @@ def check_m4_llm_sees_the_kept_tokens(case: ModelCase) -> None:
                     continue
                 told = [image.after for image in attachment.report.images]
                 require(sum(told) == sum(kept), f"{where}: the report says {told}, not {kept}")
+                left = [len(each) for each in attachment.report.kept]
+                require(left == told, f"{where}: report.kept has {left} tokens, images say {told}")
                 chosen = _chosen(attachment)
                 logits = case.next_logits(model, inputs)[0]
             if case.oracle is not None and isinstance(placement, Placement):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -215,21 +213,11 @@ def _generate(
     for case, text in zip(cases, texts, strict=True):
         rows[case.row].answer = text.strip()
     if model.pruned is not None:
-        reports = iter(model.pruned.report.images)
-        for case, crops in zip(cases, _entries(model, inputs, len(cases)), strict=True):
-            counted = list(islice(reports, crops))
-            rows[case.row].before = sum(image.before for image in counted)
-            rows[case.row].after = sum(image.after for image in counted)
-
-
-def _entries(model: _Model, inputs: Mapping[str, torch.Tensor], cases: int) -> list[int]:
-    """How many entries of the report each case has: more than one where budgets are per crop."""
-    assert model.pruned is not None
-    images = model.pruned.report.images
-    if not images:  # a batch job that compresses nothing is not what anybody asked for
-        raise UnsupportedError(
-            f"{model.pruned.spec!r} reduced no picture; has the model fewer layers than it names?"
-        )
-    if len(images) == cases:
-        return [1] * cases
-    return [1 + math.prod(model.loaded.tiles(size)) for size in inputs["image_sizes"]]
+        images = model.pruned.report.images
+        if not images:  # a batch job that compresses nothing is not what anybody asked for
+            raise UnsupportedError(
+                f"{model.pruned.spec!r} reduced no picture; has the model fewer layers than it "
+                "names?"
+            )
+        for case, image in zip(cases, images, strict=True):
+            rows[case.row].before, rows[case.row].after = image.before, image.after

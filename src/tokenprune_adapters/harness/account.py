@@ -18,7 +18,7 @@ class Account:
         prompts: how many were answered, those without a picture among them.
         images: pictures (or videos) that were reduced.
         layers: visual tokens from an LLM layer on, by layer, of all pictures.
-        shortened: those of them whose prompts lost tokens; only of these a report has KV bytes.
+        cached: those of them whose prompts were cached; only of these a report has KV bytes.
         kv_bytes, kv_bytes_vanilla: of the caches after the prefills of these prompts.
         latest: the report after the latest prompt.
     """
@@ -26,7 +26,7 @@ class Account:
     prompts: int = 0
     images: int = 0
     layers: dict[int, int] = field(default_factory=dict)
-    shortened: int = 0
+    cached: int = 0
     kv_bytes: int = 0
     kv_bytes_vanilla: int = 0
     latest: Report = field(default_factory=Report)
@@ -38,7 +38,7 @@ class Account:
             self.images += len(report.images)
             for layer, tokens in report.layers:
                 self.layers[layer] = self.layers.get(layer, 0) + tokens
-            self.shortened += len(report.images) if report.kv_bytes_vanilla else 0
+            self.cached += len(report.images) if report.kv_bytes_vanilla else 0
             self.kv_bytes += report.kv_bytes
             self.kv_bytes_vanilla += report.kv_bytes_vanilla
         self.latest = report
@@ -52,9 +52,9 @@ class Account:
             "visual_tokens_after": self.latest.tokens_after / self.images,
             "selector_ms": 1000 * self.latest.selector_seconds / self.images,
         }
-        if self.shortened:
-            means["kv_bytes"] = self.kv_bytes / self.shortened
-            means["kv_bytes_vanilla"] = self.kv_bytes_vanilla / self.shortened
+        if self.cached:
+            means["kv_bytes"] = self.kv_bytes / self.cached
+            means["kv_bytes_vanilla"] = self.kv_bytes_vanilla / self.cached
         return means
 
     def write(self, path: Path, about: Mapping[str, object]) -> None:
@@ -70,8 +70,8 @@ class Account:
                     {"from_layer": layer, "tokens": tokens}
                     for layer, tokens in sorted(self.layers.items())
                 ],
-                "kv_bytes": self.kv_bytes if self.shortened else None,
-                "kv_bytes_vanilla": self.kv_bytes_vanilla if self.shortened else None,
+                "kv_bytes": self.kv_bytes if self.cached else None,
+                "kv_bytes_vanilla": self.kv_bytes_vanilla if self.cached else None,
                 "selector_seconds": self.latest.selector_seconds,
                 "per_image": self.means(),
             },

@@ -169,10 +169,16 @@ def note(cache: Cache, states: dict[int, Shortened]) -> None:
             cache.layers[number] = ShortenedLayer.of(layer, state)
 
 
-def stored_bytes(cache: Cache) -> tuple[int, int]:
-    """Bytes of keys and values as stored, and as an unpruned model would have stored them."""
+def stored_bytes(cache: Cache | None) -> tuple[int, int]:
+    """Bytes of keys and values as stored, and as an unpruned model would have stored them.
+
+    Zeros without a cache, and for one whose layers hold more slots than were filled, or fewer.
+    """
     stored = vanilla = 0
-    for layer in cache.layers:
+    layers = cache.layers if cache is not None else []
+    if any(type(layer) not in (DynamicLayer, ShortenedLayer) for layer in layers):
+        return 0, 0
+    for layer in layers:
         size = layer.keys.nbytes + layer.values.nbytes
         stored += size
         slots = layer.keys.shape[-2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.errors import UnsupportedError
+from tokenprune.kept import Origin
 from tokenprune.plan import Plan
 
 from ..fingerprint import fingerprint
@@ -45,6 +47,8 @@ class Images:
         slots: of each image in the prompt as the processor made it.
         tokens: visual tokens of each image: slots with a patch.
         prints: `(images,)` int64, one number per image from its features.
+        row: `(images,)` int64, the prompt that each image is in.
+        origins: what each image is: a picture, a video, or a frame.
     """
 
     image: Tensor
@@ -52,6 +56,8 @@ class Images:
     slots: tuple[int, ...]
     tokens: tuple[int, ...]
     prints: Tensor
+    row: Tensor
+    origins: tuple[Origin, ...]
 
     @classmethod
     def alike(cls, placeholders: Tensor, images: int, tokens: int) -> Images:
@@ -60,16 +66,21 @@ class Images:
         image = torch.where(placeholders, rank // tokens, -1)
         place = torch.where(placeholders, rank % tokens, -1)
         whole = (tokens,) * images
-        return cls(image, place, whole, whole, image.new_zeros(0))
+        none = image.new_zeros(0)
+        origins = tuple(Origin(number) for number in range(images))
+        return cls(image, place, whole, whole, none, none, origins)
 
     @classmethod
-    def of(cls, placeholders: Tensor, places: Sequence[Tensor]) -> Images:
+    def of(
+        cls, placeholders: Tensor, places: Sequence[Tensor], origins: Sequence[Origin] = ()
+    ) -> Images:
         """From `(batch, slots)` bool placeholders and what they hold.
 
         Args:
             placeholders: of all images, in order.
             places: for each image `(slots,)` int64 on the CPU: the place of each slot's patch, or
                 -1.
+            origins: what each image is; a picture, if nothing is said.
         """
         slots = tuple(map(len, places))
         owners = torch.repeat_interleave(torch.arange(len(slots)), torch.tensor(slots))
@@ -82,6 +93,8 @@ class Images:
             slots,
             tuple(int((each >= 0).sum()) for each in places),
             image.new_zeros(0),
+            image.new_zeros(0),
+            tuple(origins) or tuple(Origin(number) for number in range(len(slots))),
         )
 
     @property
@@ -98,7 +111,7 @@ class Images:
         return replace(self, place=self.place.masked_fill(~real, -1))
 
     def within(self, embeds: Tensor, layout: Layout | None) -> Images:
-        """These images as a segment sees them, with fingerprints of their features.
+        """These images as a segment sees them, with fingerprints and the prompts they are in.
 
         Args:
             embeds: `(batch, slots, channels)` of the whole prompt, marks included.
@@ -116,7 +129,10 @@ class Images:
         last = self.image.masked_fill(~inside, len(self.slots)).flatten()
         order = torch.argsort(last, stable=True)[:total]
         features = embeds[..., :CHANNELS].flatten(0, 1).index_select(0, order)
-        known = replace(self, prints=feature_prints(torch.split(features, list(self.slots))))
+        prints = feature_prints(torch.split(features, list(self.slots)))
+        first = list(itertools.accumulate(self.slots[:-1], initial=0))
+        row = order[torch.tensor(first, device=order.device)] // self.image.shape[1]
+        known = replace(self, prints=prints, row=row)
         return known if layout is None else known.through(layout)
 
     def through(self, layout: Layout) -> Images:

@@ -98,14 +98,19 @@ class ReduceInside(NotCopyable):
         images = run.images
         assert images is not None
         seats = self._seats(run, images)
+        if not run.counts:
+            run.counts[0] = tuple(seats.mask.sum(1).tolist())
+            run.known = self.store.get(images.prints)
+            run.origins = self.store.originals(images)
         if seats.index.shape[1] == 0:  # an earlier stage has withdrawn them all
+            run.counts[start] = (0,) * len(images.slots)
             run.segments[start] = self._segment(run, start, previous, None)
             return
         reduction = self._decide(run, images, start, hidden, seats)
         run.rows.clear()
         run.seats = None
         plan = reduction.plan
-        self.record.decided(reduction)
+        self.record.decided(reduction, run.origins)
         run.counts[start] = plan.lengths
         drop = None
         if plan.weights is not None:
@@ -122,9 +127,6 @@ class ReduceInside(NotCopyable):
     ) -> Reduction:
         """Run the stage's strategy on the tokens of all images in the batch."""
         strategy = self.stages[start].strategy
-        if not run.counts:
-            run.counts[0] = tuple(seats.mask.sum(1).tolist())
-            run.known = self.store.get(images.prints)
         known = dict(fitted(run.known, seats.index.shape[1]))
         tokens = VisualTokens.of(
             seats.take(hidden),

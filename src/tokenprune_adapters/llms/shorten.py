@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tokenprune.adapter import NotCopyable, Removable
 from tokenprune.errors import UnsupportedError
+from tokenprune.kept import Origin
 from tokenprune.placement import Positions
 from tokenprune.plan import Plan
 from tokenprune.report import Record
@@ -63,6 +64,7 @@ class Run:
         images: which slots of the latest segment are visual, where stages inside want to know.
         known: signals of the vision tower about the tokens that are left of the images.
         counts: tokens of each image, by the layer from which on they are left; 0 is the input.
+        origins: what each image is, for the report; None for a copy of another one.
         seats: where the visual tokens of the latest segment sit, once a layer has asked.
         rows: what the text of the latest segment attends to, by signal and layer.
         rotary: cosine and sine of each segment but the first, by its first layer.
@@ -75,6 +77,7 @@ class Run:
     images: Images | None = None
     known: Signals = field(default_factory=Signals)
     counts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    origins: tuple[Origin | None, ...] = ()
     seats: Seats | None = None
     rows: dict[tuple[type[Signal], int], Tensor] = field(default_factory=dict)
     rotary: dict[int, Any] = field(default_factory=dict)
@@ -202,8 +205,14 @@ class ShortenPrompts(NotCopyable):
     def after(
         self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        run = carried(self.calls(args, kwargs).embeds)
+        embeds = self.calls(args, kwargs).embeds
+        if embeds is None:
+            return None
+        run = carried(embeds)
         if not isinstance(run, Run):
+            # Nothing was reduced: a prefill has a cache all the same, if its output says so.
+            if embeds.shape[1] > 1 and not isinstance(output, (tuple, list)):
+                self.record.cached(*stored_bytes(Output(output).cache))
             return None
         given = Output(output)
         cache = given.cache
@@ -214,10 +223,10 @@ class ShortenPrompts(NotCopyable):
             # prompt may have lost nothing.
             if shortened or state_of(cache) is not None:
                 note(cache, {start: segment.after for start, segment in run.segments.items()})
-            if shortened:
+            if shortened or embeds.shape[1] > 1:  # not a decoding step
                 self.record.cached(*stored_bytes(cache))
         if run.counts and run.images is not None:
-            self.record.counted(run.images.tokens, run.counts)
+            self.record.counted(run.images.tokens, run.counts, run.origins)
         assert given.last is not None
         states = given.states
         if states is not None:

@@ -7,7 +7,7 @@ by what they look like: a fingerprint of their projected features.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -18,9 +18,11 @@ from torch import Tensor
 
 from tokenprune.adapter import NotCopyable
 from tokenprune.errors import MissingSignalError
+from tokenprune.kept import Origin
 from tokenprune.signals import Signal, Signals
 
-from .images import feature_prints
+from .copies import without_copies
+from .images import Images, feature_prints
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,12 @@ class _Image:
     Attributes:
         signals: of the patches that are left, without an axis of images.
         places: `(slots,)` what its slots hold, see `Images.of`; None: in order.
+        times: how often it was among the images that it came with.
     """
 
     signals: dict[Signal, Tensor]
     places: Tensor | None
+    times: int
 
 
 @dataclass(eq=False)
@@ -90,6 +94,7 @@ class SignalStore(NotCopyable):
             places: what the slots of each image hold, see `Images.of`, where that differs.
         """
         prints = self._prints(features)
+        times = Counter(prints)
         with self._lock:
             mine = self._of.setdefault(threading.current_thread(), _Remembered())
             for number, each in enumerate(prints):
@@ -97,23 +102,39 @@ class SignalStore(NotCopyable):
                 mine.images[each] = _Image(
                     {s: answer[number] for s, answer in signals.items()},
                     places[number] if places else None,
+                    times[each],
                 )
             while len(mine.images) > max(self.capacity, mine.latest + len(prints)):
                 mine.images.popitem(last=False)
             mine.latest = len(prints)
 
-    def _find(self, prints: list[int]) -> list[_Image]:
-        """The images with these fingerprints; none if one of them did not come by here."""
+    def _look_up(self, prints: list[int]) -> list[_Image | None]:
+        """The images with these fingerprints; None for one that did not come by here."""
         with self._lock:
             # Features may be encoded in one thread and used in another.
             mine = self._of.get(threading.current_thread(), _Remembered())
             everywhere = [mine, *self._of.values()]
-            found = [
+            return [
                 next((one.images[each] for one in everywhere if each in one.images), None)
                 for each in prints
             ]
+
+    def _find(self, prints: list[int]) -> list[_Image]:
+        """The images with these fingerprints; none if one of them did not come by here."""
+        found = self._look_up(prints)
         known = [each for each in found if each is not None]
         return known if len(known) == len(found) else []
+
+    def originals(self, images: Images) -> tuple[Origin | None, ...]:
+        """What each of `images` is; None for a copy of one that was encoded less often. One sync.
+
+        Between encoding and a forward pass, `generate` repeats prompts for beams and for
+        `num_return_sequences`. A picture that was given twice was also encoded twice.
+        """
+        prints, rows = torch.stack([images.prints, images.row]).tolist()
+        found = zip(prints, self._look_up(prints), strict=True)
+        times = {each: image.times for each, image in found if image is not None}
+        return without_copies(images.origins, prints, rows, images.image.shape[0], times)
 
     def places(self, features: Sequence[Tensor]) -> list[Tensor]:
         """What the slots of images with these features hold.

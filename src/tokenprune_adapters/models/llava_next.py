@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tokenprune.adapter import Attended, ModelAdapter, NotCopyable, Observation, Removable
 from tokenprune.budget import Budgeted, Per
 from tokenprune.errors import AttachError, UnsupportedError
+from tokenprune.kept import Origin
 from tokenprune.placement import BeforeLLM, Newline, Placement
 from tokenprune.report import Record
 from tokenprune.signals import (
@@ -187,7 +188,8 @@ class _PackImages(NotCopyable):
             assert self.store is not None
             features: Any = Output(encoded).features
             places = self.store.places(features)
-        return Images.of(self.parts.placeholders(ids, "image"), places)
+        origins = [Origin(image, patches=self.parts.patches) for image in range(len(places))]
+        return Images.of(self.parts.placeholders(ids, "image"), places, origins)
 
 
 _PLACES = "tokenprune_places"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tokenprune.adapter import Attended, ModelAdapter, NotCopyable, Observation, Removable
 from tokenprune.budget import Budgeted, Per
 from tokenprune.errors import AttachError, UnsupportedError
+from tokenprune.kept import Origin
 from tokenprune.placement import BeforeLLM, Placement
 from tokenprune.report import Record
 from tokenprune.signals import (
@@ -75,7 +76,7 @@ class VideoLlavaAdapter(ModelAdapter):
                 yield from tower_adapter(tower).install(
                     tower, placed.of_tower, observation, parts.feature_layer
                 )
-            yield from passes.install(per_video=per == "image")
+            yield from passes.install()
             later = store.put if placed.inside else None
             reduce = _ReduceBoth(parts, placed.strategy, per, observation, record, passes, later)
             yield from reduce.install()
@@ -116,8 +117,8 @@ class _Passes(NotCopyable):
     """Knows, for every thread, which tower ran last and how the frames of videos belong together.
 
     How many frames a video has reaches `get_video_features` and nothing below it, and `generate`
-    calls that method from outside of any `forward`, so where the number matters the one method is
-    wrapped on the one instance.
+    calls that method from outside of any `forward`, so the one method is wrapped on the one
+    instance.
     """
 
     def __init__(self, parts: Anatomy) -> None:
@@ -125,15 +126,14 @@ class _Passes(NotCopyable):
         self.signature = Signature.of(getattr(parts.core, _ENCODE))
         self._local = threading.local()
 
-    def install(self, per_video: bool) -> Iterator[Removable]:
+    def install(self) -> Iterator[Removable]:
         """Yield the handles."""
         pictures, videos = self.parts.towers
         yield pictures.register_forward_pre_hook(self._image)
         yield videos.register_forward_pre_hook(self._video)
         yield self.parts.core.register_forward_pre_hook(self._over)
         yield self.parts.core.register_forward_hook(self._over, always_call=True)
-        if per_video:
-            yield from self.note_frames()
+        yield from self.note_frames()
 
     def note_frames(self) -> Iterator[Removable]:
         """Yield the handle of what notes on encoded videos how many frames each has."""
@@ -186,13 +186,26 @@ class _Passes(NotCopyable):
 
     def per_video(self) -> Rows:
         """One row per video: the patches of its frames."""
+        videos, frames = self._shape()
+        patches = self.parts.patches
+        index = torch.arange(videos * frames * patches).reshape(videos, frames * patches)
+        origins = tuple(Origin(video, "video", patches=patches) for video in range(videos))
+        return Rows(index, torch.ones_like(index, dtype=torch.bool), patches, origins)
+
+    def per_frame(self) -> Rows:
+        """One row per frame."""
+        videos, frames = self._shape()
+        patches = self.parts.patches
+        index = torch.arange(videos * frames * patches).reshape(videos * frames, patches)
+        origins = [Origin(v, "video", crop=frame) for v in range(videos) for frame in range(frames)]
+        return Rows(index, None, patches, tuple(origins))
+
+    def _shape(self) -> tuple[int, int]:
+        """Videos that are being encoded, and frames of each."""
         shape: tuple[int, int] | None = getattr(self._local, "videos", None)
         if shape is None:
             raise AttachError("the projector ran outside of the model's own get_video_features")
-        videos, frames = shape
-        patches = self.parts.patches
-        index = torch.arange(videos * frames * patches).reshape(videos, frames * patches)
-        return Rows(index, torch.ones_like(index, dtype=torch.bool), patches)
+        return shape
 
 
 class _FindVisual:
@@ -216,32 +229,45 @@ class _FindVisual:
         given = call.pictures is not None or encoded.get("image") is not None
         picture = self.parts.placeholders(ids, "image") & given
         placeholders = picture | video
-        frames = 1
-        if self.per == "image" and (pixels is not None or encoded.get("video") is not None):
-            frames = _frames(pixels, encoded.get("video"))
+        frames = _frames(pixels, encoded.get("video"))
+        if frames is None:
+            if self.per == "image" and encoded.get("video") is not None:
+                raise _unknown_frames()
+            frames = 1
+        shared = frames if self.per == "image" else 1  # frames that share a budget
         patches = torch.arange(self.parts.patches)
         cls = patches.new_full((_shown_cls(self.parts),), -1)
-        each = [torch.cat([cls, patches + frame * len(patches)]) for frame in range(frames)]
-        places = []
+        each = [torch.cat([cls, patches + frame * len(patches)]) for frame in range(shared)]
+        places, origins = [], []
         of_video = video[placeholders].tolist()
-        start = 0
+        start = seen = 0
         while start < len(of_video):
-            places.append(torch.cat(each) if of_video[start] else patches)
+            if of_video[start]:
+                places.append(torch.cat(each))
+                number, frame = divmod(seen, frames)
+                whole = len(patches) if self.per == "image" else None
+                origins.append(Origin(number, "video", frame, whole))
+                seen += shared
+            else:
+                places.append(patches)
+                origins.append(Origin(len(origins) - seen // shared))
             start += len(places[-1])
         if not places:
             return Images.alike(placeholders, 0, len(patches))
-        return Images.of(placeholders, places)
+        return Images.of(placeholders, places, origins)
 
 
-def _frames(pixels: Tensor | None, encoded: Any) -> int:
-    """How many frames each video has, from its pixels or as it was encoded."""
+def _frames(pixels: Tensor | None, encoded: Any) -> int | None:
+    """How many frames each video has, from its pixels or as it was encoded; None if unknown."""
     frames = getattr(encoded, _FRAMES, None) if pixels is None else pixels.shape[1]
-    if frames is None:
-        raise UnsupportedError(
-            "it is not known how many frames the encoded videos have: they did not come from the "
-            "attached model's own get_video_features; pass pixel_values_videos, or per='frame'"
-        )
-    return int(frames)
+    return None if frames is None else int(frames)
+
+
+def _unknown_frames() -> UnsupportedError:
+    return UnsupportedError(
+        "it is not known how many frames the encoded videos have: they did not come from the "
+        "attached model's own get_video_features; pass pixel_values_videos, or per='frame'"
+    )
 
 
 class _ReduceBoth(NotCopyable):
@@ -265,7 +291,7 @@ class _ReduceBoth(NotCopyable):
         self.passes = passes
         self.cls = _shown_cls(parts)
         self.later = later
-        arrange = passes.per_video if per == "image" else None
+        arrange = passes.per_video if per == "image" else passes.per_frame
         self.pictures = ReduceBeforeProjector(strategy, observation, record, later)
         note = None if later is None else passes.note
         self.videos = ReduceBeforeProjector(strategy, observation, record, note, arrange)

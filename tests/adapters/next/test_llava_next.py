@@ -114,6 +114,24 @@ def test_provenance_of_what_is_kept(model: Any) -> None:
         assert {divmod(n, PATCHES) for n in found} == kept(model, picture, 9, "image")
 
 
+@pytest.mark.parametrize("per", ["image", "crop"])
+def test_the_report_tells_picture_crop_and_patch(model: Any, per: str) -> None:
+    """One entry for each picture, whatever a budget is for."""
+    with tokenprune.attach(model, f"cls-attention(layers=1) | evict(5, per={per!r})") as pruned:
+        run(model, collate(prompts()))
+    pictures = [picture for prompt in prompts() for picture in prompt.pictures]
+    report = pruned.report
+    assert [(left.kind, left.number) for left in report.kept] == [("image", n) for n in range(3)]
+    for picture, image, left in zip(pictures, report.images, report.kept, strict=True):
+        wanted = kept(model, picture, 5, per)
+        assert sorted(zip(left.crop, left.patch, strict=True)) == sorted(wanted)
+        for crop in range(len(picture.crops)):
+            assert sorted(left.of(crop)) == sorted(patch for c, patch in wanted if c == crop)
+        patches = sum(token is not None for token in picture.packed)
+        assert (image.before, image.after) == (patches, len(wanted))
+    assert {origin.number for origin in pruned.last.origins} == {0, 1, 2}
+
+
 def test_kv_cache_holds_kept_patches_newlines_and_text(model: Any) -> None:
     inputs = collate(prompts())
     with tokenprune.attach(model, "cls-attention | evict(5)"):

@@ -218,6 +218,19 @@ def test_provenance_of_what_is_kept_inside(model: Any) -> None:
     for row, (picture, slots) in enumerate(zip(pictures, decided, strict=True)):
         found = tokens.positions[row][tokens.mask[row]].tolist()
         assert [divmod(n, 16) for n in found] == [picture.packed[slot] for slot in slots]
+        left = pruned.report.kept[row]
+        assert list(zip(left.crop, left.patch, strict=True)) == [picture.packed[n] for n in slots]
+
+
+def test_beams_are_no_pictures_inside(model: Any) -> None:
+    reports = []
+    for beams in (1, 3):
+        with tokenprune.attach(model, stage(1, 9, "last")) as pruned:
+            generate(model, collate(prompts()), 2, num_beams=beams)
+        reports.append(pruned.report)
+    assert reports[0].images == reports[1].images
+    assert reports[0].kept == reports[1].kept
+    assert (len(reports[1].images), reports[1].tokens_after) == (3, 27)
 
 
 @pytest.mark.parametrize(

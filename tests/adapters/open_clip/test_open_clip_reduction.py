@@ -32,6 +32,7 @@ from tokenprune import (
     BudgetError,
     ClsAttentionScorer,
     Evict,
+    Kept,
     Plan,
     RandomScorer,
     Record,
@@ -337,6 +338,23 @@ def test_which_patches_stay_matters() -> None:
             first, second, _ = attached.last.tokens.positions.tolist()
             assert first != second  # every picture has numbers of its own
     assert not torch.allclose(*answers, atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_report_tells_what_is_left_of_each_picture() -> None:
+    """After the last stage, counted over all patches; none where everything was withdrawn."""
+    tower = TOWERS["native"]()
+    with attach(tower, "random | evict(9) @ after-layer(1); tome(4) @ after-layer(2)") as attached:
+        tower(pictures())
+    positions = attached.last.tokens.positions.tolist()
+    assert attached.report.kept == tuple(
+        Kept("image", number, (0,) * 4, tuple(row)) for number, row in enumerate(positions)
+    )
+    stages = "random | evict(0) @ after-layer(1); uniform | evict(4) @ after-layer(2)"
+    with attach(tower, stages) as attached:
+        tower(pictures())
+    assert attached.report.layers == ((0, 3 * PATCHES), (1, 0), (2, 0))
+    assert [len(left) for left in attached.report.kept] == [0, 0, 0]
 
 
 @torch.no_grad()

@@ -295,7 +295,8 @@ def test_a_tower_without_cls_shows_frames_of_patches_alone() -> None:
     batch = [Row(row.parts, cls=0) for row in prompts()]
     with tokenprune.attach(model, "random | evict(5, per='frame')") as attachment:
         answer = generate(model, collate(batch), STEPS)
-        assert attachment.report.images == (ImageReport(PATCHES, 5),) * 12
+        pictures, videos = (ImageReport(PATCHES, 5),) * 3, (ImageReport(48, 15),) * 3
+        assert attachment.report.images == pictures + videos
     for row, prompt in enumerate(batch[:2]):
         with tokenprune.attach(model, "random | evict(5, per='frame')") as attachment:
             alone = generate(model, collate([prompt]), STEPS)
@@ -335,7 +336,7 @@ def test_merging_mixes_patches_of_a_video_and_never_cls(model: Any) -> None:
     ("per", "images"),
     [
         ("image", [(16, 5)] * 3 + [(48, 5)] * 3),
-        ("frame", [(16, 5)] * 12),
+        ("frame", [(16, 5)] * 3 + [(48, 15)] * 3),
     ],
 )
 def test_the_report_counts_pictures_and_then_videos_of_one_call(
@@ -346,8 +347,9 @@ def test_the_report_counts_pictures_and_then_videos_of_one_call(
         first = attachment.report
         assert [(image.before, image.after) for image in first.images] == images
         assert first.calls == 1
-        assert first.layers == ((0, 5 * len(images)),)
-        assert (first.tokens_before, first.tokens_after) == (192, 5 * len(images))
+        left = sum(after for _, after in images)
+        assert first.layers == ((0, left),)
+        assert (first.tokens_before, first.tokens_after) == (192, left)
         longest = max(len(row.ids) for row in prompts())
         short = max(
             len(row.ids)
@@ -369,7 +371,7 @@ def test_the_report_counts_pictures_and_then_videos_of_one_call(
             model(**collate(prompts()[:1]))
             model(**collate(prompts()[1:2]))
         assert attachment.report.calls == 4
-        assert len(attachment.report.images) == (2 if per == "image" else 2 * FRAMES)
+        assert len(attachment.report.images) == 2
 
 
 def _fail(*args: object) -> None:
@@ -434,6 +436,35 @@ def test_provenance_of_what_is_kept(model: Any) -> None:
     tokens = attachment.last.tokens
     for row, part in enumerate(prompt.visual):
         assert tokens.positions[row].tolist() == kept(model, part, 9)
+
+
+@pytest.mark.parametrize("per", ["image", "frame"])
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {}], ids=["beams", "greedy"])
+def test_the_report_tells_picture_video_frame_and_patch(
+    model: Any, per: str, options: dict[str, Any]
+) -> None:
+    """One entry for each, pictures first, as in `images`; a row for each budget in `last`."""
+    with tokenprune.attach(model, spec(5, per)) as attachment:
+        generate(model, collate(prompts()), 2, **options)
+    report, last = attachment.report, attachment.last
+    visual = [part for row in prompts() for part in row.visual]
+    parts = [p for p in visual if p.ndim == 3] + [p for p in visual if p.ndim == 4]
+    assert [(left.kind, left.number) for left in report.kept] == [
+        *(("image", number) for number in range(3)),
+        *(("video", number) for number in range(3)),
+    ]
+    for part, image, left in zip(parts, report.images, report.kept, strict=True):
+        wanted = kept(model, part, 5, per)
+        pairs = zip(left.frame, left.patch, strict=True)
+        assert [frame * PATCHES + patch for frame, patch in pairs] == sorted(wanted)
+        assert image.after == len(left) == len(wanted)
+    rows = [(o.kind, o.number, o.crop) for o in last.origins]
+    frames = range(1 if per == "image" else FRAMES)
+    assert rows == [
+        *(("image", number, 0) for number in range(3)),
+        *(("video", number, frame) for number in range(3) for frame in frames),
+    ]
+    assert last.plan.lengths == (5,) * len(rows)
 
 
 @torch.no_grad()
@@ -502,7 +533,8 @@ def test_detaching_restores_the_method_and_the_outputs(model: Any) -> None:
     assert set(vars(model.model)) == names
     assert torch.equal(generate(model, collate(prompts()), STEPS).logits, vanilla.logits)
     with tokenprune.attach(model, spec(4, "frame")):
-        assert set(vars(model.model)) == names  # a frame needs no wrapping at all
+        assert set(vars(model.model)) - names == {"get_video_features"}
+    assert set(vars(model.model)) == names
 
 
 @pytest.mark.parametrize(
@@ -554,8 +586,6 @@ def test_a_method_that_somebody_replaced_is_refused(model: Any) -> None:
     try:
         with pytest.raises(AttachError, match="somebody else has replaced .*get_video_features"):
             tokenprune.attach(model, spec(4))
-        with tokenprune.attach(model, spec(4, "frame")):
-            pass
     finally:
         del core.__dict__["get_video_features"]
 

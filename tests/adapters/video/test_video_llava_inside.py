@@ -332,17 +332,48 @@ def test_what_strategies_see(model: Any) -> None:
 
 
 @PER
-def test_the_report_counts_in_the_order_of_the_prompts(model: Any, per: str) -> None:
+def test_the_report_counts_pictures_and_then_videos(model: Any, per: str) -> None:
+    """As before the LLM, whatever their order in the prompts."""
     with tokenprune.attach(model, before(10, per), spec(4, 1, per=per)) as attachment:
         generate(model, collate(prompts()), 2)
         report = attachment.report
-    pictures, videos = (PATCHES, 4), (FRAMES * PATCHES, 4)
-    images = [pictures, videos, videos, pictures, videos, pictures]
-    if per == "frame":
-        images = [pictures] * 12
+    frames = 1 if per == "image" else FRAMES  # that have a budget of their own
+    images = [(PATCHES, 4)] * 3 + [(FRAMES * PATCHES, 4 * frames)] * 3
     assert [(image.before, image.after) for image in report.images] == images
     assert report.calls == 1
-    assert report.layers == ((0, 10 * len(images)), (1, 4 * len(images)))
+    assert report.layers == ((0, 10 * (3 + 3 * frames)), (1, 4 * (3 + 3 * frames)))
+
+
+@PER
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {}], ids=["beams", "greedy"])
+def test_one_order_and_one_entry_each_before_and_inside(
+    model: Any, per: str, options: dict[str, Any]
+) -> None:
+    """By [CLS] attention, a stage keeps the same patches at both places, and reports the same."""
+    reports, rows = [], []
+    stages = (f"cls-attention | evict(4, per={per!r})", spec(4, 1, "cls", per))
+    for stage in stages:
+        with tokenprune.attach(model, stage) as attachment:
+            generate(model, collate(prompts()), 2, **options)
+        reports.append(attachment.report)
+        rows.append(attachment.last)
+    assert len(reports[0].kept) == len(reports[0].images) == 6
+    assert reports[0].kept == reports[1].kept
+    assert reports[0].images == reports[1].images
+    assert rows[0].origins == rows[1].origins
+    assert torch.equal(rows[0].plan.anchors, rows[1].plan.anchors)
+    assert torch.equal(rows[0].tokens.positions, rows[1].tokens.positions)
+
+
+def test_frames_of_videos_that_were_encoded_elsewhere_are_videos_of_their_own(model: Any) -> None:
+    inputs = collate(prompts()[1:2])
+    with torch.no_grad():
+        encoded = model.model.get_video_features(inputs.pop("pixel_values_videos"))
+        with tokenprune.attach(model, spec(4, per="frame")) as attachment:
+            model(**inputs, mm_encoder_outputs={"video": encoded})
+    kept = attachment.report.kept
+    assert [(left.kind, left.number) for left in kept] == [("video", n) for n in range(2 * FRAMES)]
+    assert all(set(left.frame) == {0} for left in kept)
 
 
 def test_merging_inside_never_takes_cls(model: Any) -> None:

@@ -21,6 +21,11 @@ def test_a_spec_is_all_it_takes():
         text, _ = model.generate(**batch, steps=5)
     assert text.shape == (3, 5)
     assert [image.after for image in attachment.report.images] == [4, 4, 4]
+    kept = attachment.report.kept
+    assert [(left.kind, left.number, left.crop) for left in kept] == [
+        ("image", number, (0, 0, 0, 0)) for number in range(3)
+    ]
+    assert [list(left.patch) for left in kept] == attachment.last.plan.anchors.tolist()
 
 
 def test_merging_acts_before_the_projector():
