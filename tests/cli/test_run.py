@@ -97,7 +97,8 @@ def test_a_budget_above_all_changes_nothing(
         *("--prune", "vtc-cls(keep=128)", "--compare", "--runs", 0),
     ).output
     assert row(output, "visual tokens") == ["64", "64"]
-    assert row(output, "KV cache") == ["-", "unchanged"]
+    vanilla, compressed = row(output, "KV cache")
+    assert vanilla == compressed != "-"
     vanilla, compressed = row(output, "answer")
     assert vanilla == compressed
 

@@ -99,6 +99,4 @@ def after(report: Report) -> int:
 
 def kv_cache(report: Report) -> tuple[str, str]:
     """KV bytes after the prefill, vanilla and compressed."""
-    if not report.kv_bytes_vanilla:  # nothing was dropped, so nothing was noted
-        return "-", "unchanged"
     return size(report.kv_bytes_vanilla), size(report.kv_bytes)

@@ -211,8 +211,12 @@ class ShortenPrompts(NotCopyable):
         run = carried(embeds)
         if not isinstance(run, Run):
             # Nothing was reduced: a prefill has a cache all the same, if its output says so.
-            if embeds.shape[1] > 1 and not isinstance(output, (tuple, list)):
-                self.record.cached(*stored_bytes(Output(output).cache))
+            if not isinstance(output, (tuple, list)):
+                cache = Output(output).cache
+                # Of static caches the length is a tensor, which a decoding step does not wait for.
+                length = 0 if cache is None else cache.get_seq_length()
+                if embeds.shape[1] > 1 or (isinstance(length, int) and length <= 1):
+                    self.record.cached(*stored_bytes(cache))
             return None
         given = Output(output)
         cache = given.cache

@@ -211,10 +211,10 @@ def test_refusals(model: Any, spec: str, words: str) -> None:
 def test_budgets_of_prumerge_are_for_what_they_say(model: Any, name: str) -> None:
     """Budgets of all reducers alike: once these were taken to be for the picture, whatever."""
     crops = [len(picture.crops) for prompt in prompts() for picture in prompt.pictures]
-    for per, rows in (("crop", sum(crops)), ("image", len(crops))):
+    for per, wanted in (("crop", [3 * each for each in crops]), ("image", [3] * len(crops))):
         with tokenprune.attach(model, f"{name}(3, per={per!r})") as pruned:
             model(**collate(prompts()))
-            assert [image.after for image in pruned.report.images] == [3] * rows
+            assert [image.after for image in pruned.report.images] == wanted
     assert sum(crops) > len(crops)
 
 
