@@ -36,7 +36,6 @@ from .conftest import MakeLlava
 
 TOLERANCE = 1e-5  # of float32 logits around 10
 BOTH_POSITIONS = pytest.mark.parametrize("positions", ["reindexed", "original"])
-# Below 5.19 transformers itself mixes up the images of a prompt with several when it expands.
 
 
 def close(got: Tensor, wanted: Tensor) -> None:

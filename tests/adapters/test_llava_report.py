@@ -11,15 +11,10 @@ import tokenprune
 from support.llava import PATCHES, Row, collate, generate, picture, prompts, spec, tiny_llava
 from support.outputs import shown_features
 from tokenprune import AttachError, ImageReport, Kept
-from tokenprune_adapters.hf.chunked_prefill import VERSION
 
 from .conftest import MakeLlava
 
 BYTES = 4  # of a float32
-
-ENCODES_ONCE = pytest.mark.skipif(
-    VERSION < (5, 19), reason="below 5.19 `generate` repeats pixels, before anything sees them"
-)
 
 
 def cache_bytes(slots: int, rows: int, model: Any) -> int:
@@ -121,7 +116,6 @@ def test_image_features_of_an_output_are_those_that_entered(llava: MakeLlava) ->
     torch.testing.assert_close(seen, kept, rtol=0, atol=1e-6)
 
 
-@ENCODES_ONCE
 @pytest.mark.parametrize(
     "options",
     [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}],
@@ -139,7 +133,6 @@ def test_copies_that_generate_makes_are_not_counted(
     assert len(report.kept) == len(attachment.last.plan.lengths) == 3
 
 
-@ENCODES_ONCE
 def test_a_picture_that_was_given_twice_counts_twice(llava: MakeLlava) -> None:
     twice = [Row([1, picture(1), 5]), Row([1, picture(1), 6, 7])]
     with tokenprune.attach(llava(), spec(4)) as attachment:

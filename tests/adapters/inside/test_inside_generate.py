@@ -23,7 +23,6 @@ from tokenprune import UnsupportedError
 TOLERANCE = 1e-5  # of float32 logits around 10
 POSITIONS = ["original", "reindexed"]
 SPECS = {"last": "fastv", "text": "fastv(queries='text')", "cls": "cls-attention"}
-# Below 5.19 transformers itself mixes up the images of a prompt with several when it expands.
 
 
 def close(got: Tensor, wanted: Tensor) -> None:

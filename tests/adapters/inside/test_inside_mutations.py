@@ -109,7 +109,6 @@ def scores(model: Any) -> float:
 
 def beams(model: Any) -> float:
     """Rows of the cache change places, in every layer."""
-    # Below 5.19 beams of a prompt with several images are refused.
     row = [prompts()[1]]
     options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 5, "eos_token_id": None}
     options |= {"do_sample": False, "return_dict_in_generate": True, "output_scores": True}

@@ -10,12 +10,8 @@ import torch
 import tokenprune
 from support.llava import BOS, PATCHES, Row, collate, generate, picture, prompts
 from tokenprune import BeforeLLM, ImageReport, Kept, Plan, Reducer, Strategy
-from tokenprune_adapters.hf.chunked_prefill import VERSION
 
 LAYERS, KEY_HEADS, HEAD_CHANNELS = 3, 2, 8
-ENCODES_ONCE = pytest.mark.skipif(
-    VERSION < (5, 19), reason="below 5.19 `generate` repeats pixels, before anything sees them"
-)
 WIDTH = max(len(row.ids) for row in prompts())
 
 
@@ -59,10 +55,9 @@ def test_with_a_stage_before_the_llm(llava: Any) -> None:
         assert report.kv_bytes_vanilla == kv_bytes([WIDTH] * LAYERS)
         generate(model, collate(prompts()[:1]), steps=2, num_beams=2)
         report = attachment.report
-    rows = 1 if VERSION >= (5, 19) else 2
-    assert report.layers == ((0, 10 * rows), (1, 4 * rows))
+    assert report.layers == ((0, 10), (1, 4))
     assert report.calls == 2
-    assert (report.tokens_before, report.tokens_after) == (48 + 16 * rows, 12 + 4 * rows)
+    assert (report.tokens_before, report.tokens_after) == (48 + 16, 12 + 4)
 
 
 @pytest.mark.parametrize("stage", ["fastv | evict(16) @ after-layer(1)", "uniform | evict(1.0)"])
@@ -111,7 +106,6 @@ COPIES = pytest.mark.parametrize(
 )
 
 
-@ENCODES_ONCE
 @COPIES
 def test_one_picture_is_one_picture_however_often_generate_copies_it(
     llava: Any, options: dict[str, Any]
@@ -126,7 +120,6 @@ def test_one_picture_is_one_picture_however_often_generate_copies_it(
     assert attachment.last.plan.lengths == (4,)
 
 
-@ENCODES_ONCE
 @COPIES
 def test_copies_leave_the_report_as_it_is_without_them(llava: Any, options: dict[str, Any]) -> None:
     """In a batch whose prompts have one picture, two, and none."""
@@ -143,7 +136,6 @@ def test_copies_leave_the_report_as_it_is_without_them(llava: Any, options: dict
     assert torch.equal(plans[0], plans[1])
 
 
-@ENCODES_ONCE
 @COPIES
 @pytest.mark.parametrize("before", [[], ["cls-attention | evict(9)"]], ids=["inside", "both"])
 def test_a_picture_that_was_given_twice_counts_twice(
@@ -163,7 +155,6 @@ def test_a_picture_that_was_given_twice_counts_twice(
     assert len({kept[0][n].patch for n in (0, 1, 3)}) > 1
 
 
-@ENCODES_ONCE
 @torch.no_grad()
 def test_prompts_that_were_expanded_by_hand(llava: Any) -> None:
     """Features that were encoded once and repeated are copies; pixels given twice are not."""
