@@ -188,9 +188,7 @@ class First(Reducer):
 
 def test_a_budget_is_for_a_picture_where_nobody_says_what_for() -> None:
     Strategy(First(9), First(4))
-    with pytest.raises(
-        SpecError, match=r"First\(keep=9\) has no effect: .* per image, and"
-    ):
+    with pytest.raises(SpecError, match=r"First\(keep=9\) has no effect: .* per image, and"):
         Strategy(ToMe(4), First(9))
 
 
