@@ -176,6 +176,22 @@ def test_a_reducer_that_may_read_scores_is_taken_to_read_them() -> None:
         Strategy(CLS, EVEN, Pairs())
 
 
+@dataclass(frozen=True)
+class First(Reducer):
+    """A reducer with a budget, but without a say in what it is for."""
+
+    keep: int
+
+    def plan(self, tokens: VisualTokens, scores: Tensor | None, signals: Signals) -> Plan:
+        raise AssertionError("never run")
+
+
+def test_a_budget_is_for_a_picture_where_nobody_says_what_for() -> None:
+    Strategy(First(9), First(4))
+    with pytest.raises(SpecError, match=r"First\(keep=9\) has no effect: .* per image, and"):
+        Strategy(ToMe(4), First(9))
+
+
 def test_a_budget_that_need_not_be_met_tells_nothing_about_later_ones() -> None:
     Strategy(AboutAsMany(4), ToMe(9))
     Strategy(AboutAsMany(4), ToMe(9), Pool(8))

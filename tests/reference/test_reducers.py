@@ -23,6 +23,7 @@ from tokenprune import (
     Pool,
     PruMerge,
     PruMergePlus,
+    Reducer,
     Signals,
     ToMe,
     VisualTokens,
@@ -396,6 +397,26 @@ class TestProtected:
             assert plan.lengths == (len(protected),)
             assert plan.anchors.tolist() == [protected]
             assert torch.equal(plan.dense()[0], torch.eye(12)[protected])
+
+
+def test_rows_with_and_without_protected_tokens_do_not_meet() -> None:
+    """Diverse starts from what is protected, in the rows that have any."""
+    x = torch.stack([Picture.draw("normal", 12, seed).features for seed in range(3)])
+    marked = torch.zeros(3, 12, dtype=torch.bool)
+    marked[1, 7] = True
+    together = Diverse(4).plan(VisualTokens.of(x, protected=marked), None, Signals())
+    for row in range(3):
+        one = VisualTokens.of(x[row : row + 1], protected=marked[row : row + 1])
+        assert torch.equal(Diverse(4).plan(one, None, Signals()).anchors[0], together.anchors[row])
+
+
+@pytest.mark.parametrize(
+    "reducer", [Evict(2), ImportantDiverse(2), DominantContextual(2)], ids=lambda r: repr(r)[:9]
+)
+def test_scores_are_needed_and_it_says_who_should_have_checked(reducer: Reducer) -> None:
+    tokens = VisualTokens.of(torch.zeros(1, 3, 1))
+    with pytest.raises(AssertionError, match=r"^Strategy checks that a scorer came before"):
+        reducer.plan(tokens, None, Signals())
 
 
 @pytest.mark.parametrize("count", [3, 5])

@@ -221,6 +221,21 @@ def test_fopru_compares_variances_whatever_the_means_and_the_padding(
     assert torch.equal(got[1], margins["given"][1])
 
 
+@pytest.mark.parametrize("more", [0.0, 1e-10])
+def test_fopru_takes_what_is_received_where_margins_vary_alike(more: float) -> None:
+    """By more than rounding must what is given vary, or the last digits would decide."""
+    received = torch.tensor([0.25, 0.5, 0.0, 0.75])
+    given = received.flip(0) * (1 + more)
+    signals = Signals(
+        {
+            ReceivedAttention(1): received[None, None, None],
+            GivenAttention(1): given[None, None, None],
+        }
+    )
+    tokens = VisualTokens.of(torch.zeros(1, 4, 1))
+    assert FoPruScorer().score(tokens, signals).tolist() == [received.tolist()]
+
+
 def test_fopru_with_one_column_ranks_single_tokens() -> None:
     margins = torch.rand(1, 1, 1, 9, generator=torch.Generator().manual_seed(0))
     signals = Signals({ReceivedAttention(1): margins, GivenAttention(1): margins * 0})

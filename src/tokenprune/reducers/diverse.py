@@ -13,7 +13,7 @@ from ..plan import Plan
 from ..signals import Signal, Signals
 from ..strategy import Reducer
 from ..tokens import VisualTokens
-from .rows import Metric, check_metric, column, kept_counts, metric_of, metric_signals
+from .rows import Metric, check_metric, column, kept_counts, metric_of, metric_signals, minus
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,7 @@ class Diverse(Budgeted, Reducer):
         farthest = torch.where(kept.any(1, keepdim=True), nearest, alone.amin(2))
         flat = distance.flatten(0, 1)
         row = torch.arange(len(counts), device=kept.device)[:, None] * kept.shape[1]
-        open_seats = [
-            count - protected
-            for count, protected in zip(counts, tokens.protected_lengths, strict=True)
-        ]
+        open_seats = minus(counts, tokens.protected_lengths)
         picks = []
         for _ in range(max(open_seats)):
             pick = farthest.masked_fill(closed, -torch.inf).argmax(1, keepdim=True)

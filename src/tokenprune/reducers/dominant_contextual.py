@@ -23,6 +23,7 @@ from .rows import (
     marked_first,
     metric_of,
     metric_signals,
+    minus,
     ranked,
     take_rows,
 )
@@ -87,11 +88,9 @@ class DominantContextual(Budgeted, Reducer):
                 counts, tokens.protected_lengths, tokens.lengths, strict=True
             )
         ]
-        dominant = first_of(
-            ranked(scores, tokens), [k - c for k, c in zip(counts, targets, strict=True)]
-        )
+        dominant = first_of(ranked(scores, tokens), minus(counts, targets))
         rest = tokens.mask & ~dominant
-        lengths = [n - k + c for n, k, c in zip(tokens.lengths, counts, targets, strict=True)]
+        lengths = minus(tokens.lengths, minus(counts, targets))
         stride = [max(n // max(c, 1), 1) for n, c in zip(lengths, targets, strict=True)]
         number = torch.arange(max(targets), device=rest.device)
         real_target = number < column(targets, rest.device)

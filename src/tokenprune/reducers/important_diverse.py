@@ -19,7 +19,7 @@ from ..plan import Plan
 from ..signals import Signals
 from ..strategy import Reducer
 from ..tokens import VisualTokens
-from .rows import column, first_of, kept_counts, marked_first, metric_of, ranked
+from .rows import column, features_of, first_of, kept_counts, marked_first, minus, ranked
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ class ImportantDiverse(Budgeted, Reducer):
             for count, protected in zip(counts, tokens.protected_lengths, strict=True)
         ]
         order = ranked(scores, tokens)
-        rest = [n - i for n, i in zip(tokens.lengths, important, strict=True)]
+        rest = minus(tokens.lengths, important)
         place = torch.arange(max(rest), device=order.device) + column(important, order.device)
         queue = order.gather(1, place.clamp(max=order.shape[1] - 1))
-        x = metric_of("features", 0, tokens, signals)
-        left = [count - i for count, i in zip(counts, important, strict=True)]
+        x = features_of(tokens)
+        left = minus(counts, important)
         queue = _thin_out(queue, cosine(x, x), rest, left, self.step)
         number = torch.arange(queue.shape[1], device=order.device)
         seated = torch.where(number < column(left, order.device), queue, order.shape[1])
@@ -111,6 +111,6 @@ def _thin_out(
         stays = (number >= column(drops, queue.device)) & real[:, ::2].gather(1, order)
         merged = torch.cat([even.gather(1, order), odd], dim=1)
         alive = torch.cat([stays, real[:, 1::2]], dim=1)
-        lengths = [n - r for n, r in zip(lengths, drops, strict=True)]
+        lengths = minus(lengths, drops)
         queue = merged.gather(1, marked_first(alive)[:, : max(lengths)])
     return queue

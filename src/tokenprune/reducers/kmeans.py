@@ -16,7 +16,7 @@ from ..plan import Plan
 from ..signals import Signals
 from ..strategy import Reducer
 from ..tokens import VisualTokens
-from .rows import Free, column, kept_counts
+from .rows import Free, column, kept_counts, minus
 
 _COARSE = 2.0**-10
 """Distances to centers are quotients, so they are compared 2^10 times coarser than they are."""
@@ -61,10 +61,7 @@ class KMeans(Budgeted, Reducer):
         if counts == tokens.lengths:
             return Plan.identity(tokens.mask, tokens.lengths)
         free = Free.of(tokens)
-        clusters = tuple(
-            kept - protected
-            for kept, protected in zip(counts, tokens.protected_lengths, strict=True)
-        )
+        clusters = tuple(minus(counts, tokens.protected_lengths))
         here = torch.arange(tokens.mask.shape[1], device=tokens.mask.device)
         groups = torch.where(tokens.mask & tokens.protected, here, -1)
         if any(clusters):

@@ -14,7 +14,7 @@ from ..plan import Plan
 from ..signals import Signals
 from ..strategy import Reducer
 from ..tokens import VisualTokens
-from .rows import Free, column, kept_counts
+from .rows import Free, column, kept_counts, minus
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,7 @@ class Pool(Budgeted, Reducer):
         if counts == tokens.lengths:
             return Plan.identity(tokens.mask, tokens.lengths)
         free = Free.of(tokens)
-        cells = [
-            kept - protected
-            for kept, protected in zip(counts, tokens.protected_lengths, strict=True)
-        ]
+        cells = minus(counts, tokens.protected_lengths)
         place = (free.mask.cumsum(1) - 1).clamp(min=0)
         grids = [self._grid(length) for length in free.lengths]
         on_grid = _cell(place, grids, cells)

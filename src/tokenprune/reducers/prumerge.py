@@ -18,7 +18,7 @@ from ..plan import Plan
 from ..signals import ClsAttention, JointClsAttention, Keys, Signal, Signals
 from ..strategy import Reducer
 from ..tokens import VisualTokens
-from .rows import Free, column, first_of, kept_counts, marked_first
+from .rows import Free, column, first_of, kept_counts, marked_first, minus
 
 Heads: TypeAlias = Literal["joint", "mean"]
 """How the heads of an attention row become one: as one head over all channels, or their mean."""
@@ -165,8 +165,8 @@ class PruMergePlus(_Merging, Reducer):
             chosen = _heads_of(seats, tokens)
             top = [-(-count // 4) for count in chosen]
             kept = first_of(_by_attention(attention, free), top)
-            left = [n - t for n, t in zip(free.lengths, top, strict=True)]
-            samples = [count - t for count, t in zip(chosen, top, strict=True)]
+            left = minus(free.lengths, top)
+            samples = minus(chosen, top)
             kept = kept | _spread(free.mask & ~kept, left, samples)
         return _merge(self, tokens, signals, attention, kept, seats)
 

@@ -43,10 +43,7 @@ class Free:
     @classmethod
     def of(cls, tokens: VisualTokens) -> Free:
         """The free tokens of each row."""
-        lengths = tuple(
-            real - protected
-            for real, protected in zip(tokens.lengths, tokens.protected_lengths, strict=True)
-        )
+        lengths = tuple(minus(tokens.lengths, tokens.protected_lengths))
         return cls(tokens.mask & ~tokens.protected, lengths)
 
     def slots(self) -> Tensor:
@@ -98,6 +95,11 @@ def column(numbers: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device=device)[:, None]
 
 
+def minus(some: Sequence[int], others: Sequence[int]) -> list[int]:
+    """One number per row: that of `some` less that of `others`."""
+    return [one - other for one, other in zip(some, others, strict=True)]
+
+
 def take_rows(x: Tensor, slots: Tensor) -> Tensor:
     """`(batch, m, channels)`: the rows of `(batch, tokens, channels)` at `(batch, m)` slots."""
     batch, tokens = x.shape[:2]
@@ -126,10 +128,19 @@ def metric_signals(metric: Metric, layer: int) -> frozenset[Signal]:
 
 def metric_of(metric: Metric, layer: int, tokens: VisualTokens, signals: Signals) -> Tensor:
     """`(batch, tokens, channels)`: what similarity is measured on, zero on padding."""
-    x = tokens.features
-    if metric == "keys":
-        keys = signals[Keys(layer)].float()
-        x = reduce(keys, "batch heads tokens channels -> batch tokens channels", "mean")
+    if metric == "features":
+        return features_of(tokens)
+    keys = signals[Keys(layer)].float()
+    mean = reduce(keys, "batch heads tokens channels -> batch tokens channels", "mean")
+    return _moderate(mean, tokens)
+
+
+def features_of(tokens: VisualTokens) -> Tensor:
+    """`(batch, tokens, channels)`: the features as similarity is measured on, zero on padding."""
+    return _moderate(tokens.features, tokens)
+
+
+def _moderate(x: Tensor, tokens: VisualTokens) -> Tensor:
     if any(real < x.shape[1] for real in tokens.lengths):
         x = torch.where(tokens.mask[:, :, None], x, 0)
     return moderate(x)

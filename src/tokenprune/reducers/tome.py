@@ -22,6 +22,7 @@ from .rows import (
     kept_counts,
     metric_of,
     metric_signals,
+    minus,
     take_rows,
 )
 
@@ -66,10 +67,7 @@ class ToMe(Budgeted, Reducer):
         if counts == tokens.lengths:
             return Plan.identity(tokens.mask, tokens.lengths)
         free = Free.of(tokens)
-        left = [
-            kept - protected
-            for kept, protected in zip(counts, tokens.protected_lengths, strict=True)
-        ]
+        left = minus(counts, tokens.protected_lengths)
         slots = free.slots()
         metric = metric_of(self.metric, self.layer, tokens, signals)
         if slots.shape != tokens.mask.shape or free.lengths != (slots.shape[1],) * len(counts):
@@ -125,7 +123,7 @@ def _halve(
         gone = (here != joined) | (here >= length)
         order = torch.argsort(first.masked_fill(gone, beyond), dim=1, stable=True)
         rank = torch.empty_like(order).scatter_(1, order, here)
-        lengths = [n - r for n, r in zip(lengths, merges, strict=True)]
+        lengths = minus(lengths, merges)
         stay = order[:, : max(lengths)]
         last = stay.shape[1] - 1  # fillers of shorter rows may lie beyond
         place = rank.gather(1, joined.gather(1, place)).clamp(max=last)
