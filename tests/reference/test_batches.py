@@ -23,6 +23,14 @@ CASES: list[Reducer] = [
     reducers.DominantContextual(8, contextual=3),
     reducers.Pool(4),
     reducers.Pool(7),
+    # Rows of other lengths keep other numbers, so that what one row has no seat for is there.
+    reducers.Evict(0.5),
+    reducers.ToMe(0.4),
+    reducers.KMeans(0.4),
+    reducers.Diverse(0.5),
+    reducers.ImportantDiverse(0.5, step=2),
+    reducers.DominantContextual(0.5, contextual=0.5),
+    reducers.Pool(0.4),
 ]
 
 
