@@ -37,8 +37,23 @@ def products(query: Tensor, keys: Tensor) -> Tensor:
     if keys.shape[1] != query.shape[1]:
         keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
     with full_precision(query.device):
-        logits = query.float() @ keys.float().mT
-        return logits / math.sqrt(query.shape[-1])
+        return dot(query, keys) / math.sqrt(query.shape[-1])
+
+
+def dot(query: Tensor, keys: Tensor) -> Tensor:
+    """Products of queries and keys in float32, `(batch, heads, queries, tokens)`.
+
+    Heads of a projection lie side by side, so keys are a strided view, which a product over a whole
+    batch copies first. For a few queries that costs ten times the product itself, so on a CPU each
+    image has its own, which also makes it the same alone and in a batch.
+
+    Args:
+        query: `(batch, heads, queries, channels)`.
+        keys: `(batch, heads, tokens, channels)`.
+    """
+    if keys.device.type != "cpu" or keys.is_contiguous() or keys.shape[0] < 2:
+        return query.float() @ keys.float().mT
+    return torch.stack([q.float() @ k.float().mT for q, k in zip(query, keys, strict=True)])
 
 
 def joint_attention(products: Tensor) -> Tensor:

@@ -4,7 +4,10 @@ CLIP ViT-L/14-336 shapes with random weights, K = 3 layers. Whole-tower runs sca
 percent, so the rows are timed alone, on queries and keys of the right shape, and set against the
 tower's time in the same process. Memory is what each way holds on to when the tower returns.
 
-    python tests/benchmarks/bench_rows.py [--batch 1] [--rounds 5]
+The last column sets the rows of a batch against one product for each image, which no strided view
+is copied for.
+
+    python tests/benchmarks/bench_rows.py [--batch 1] [--heads 16] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -26,12 +29,12 @@ from tokenprune_adapters.rows import attention
 LAYERS = 3
 
 
-def tower(implementation: str, dtype: torch.dtype) -> CLIPVisionModel:
+def tower(implementation: str, dtype: torch.dtype, heads: int) -> CLIPVisionModel:
     config = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
         num_hidden_layers=24,
-        num_attention_heads=16,
+        num_attention_heads=heads,
         image_size=336,
         patch_size=14,
         attn_implementation=implementation,
@@ -51,18 +54,23 @@ def seconds(run: Callable[[], object], rounds: int) -> float:
 
 
 @torch.no_grad()
-def measure(dtype: torch.dtype, batch: int, rounds: int) -> tuple[str, ...]:
+def measure(dtype: torch.dtype, batch: int, heads: int, rounds: int) -> tuple[str, ...]:
     """One row of the table."""
     pixels = torch.randn(batch, 3, 336, 336, dtype=dtype)
-    query = torch.randn(batch, 16, 1, 64, dtype=dtype)
-    keys = torch.randn(batch, 577, 16, 64, dtype=dtype).transpose(1, 2)
-    sdpa, eager = tower("sdpa", dtype), tower("eager", dtype)
+    query = torch.randn(batch, heads, 1, 1024 // heads, dtype=dtype)
+    keys = torch.randn(batch, 577, heads, 1024 // heads, dtype=dtype).transpose(1, 2)
+    sdpa, eager = tower("sdpa", dtype, heads), tower("eager", dtype, heads)
+
+    def one_by_one() -> None:
+        for q, k in zip(query, keys, strict=True):
+            torch.softmax(q.float() @ k.float().mT, dim=-1)
 
     def released() -> Any:
         return eager(pixel_values=pixels, output_attentions=True, output_hidden_states=True)
 
     plain = seconds(lambda: sdpa(pixel_values=pixels), rounds)
     row = seconds(lambda: attention(query, keys), 10 * rounds)
+    apart = seconds(one_by_one, 10 * rounds)
     with tokenprune.observe(sdpa, [tokenprune.ClsAttention(LAYERS)]) as seen:
         sdpa(pixel_values=pixels)
         held = sum(answer.nbytes for answer in seen.signals.values())
@@ -73,20 +81,23 @@ def measure(dtype: torch.dtype, batch: int, rounds: int) -> tuple[str, ...]:
         f"{seconds(released, rounds) / plain:.2f}",
         f"{held / 2**20:.2f}",
         f"{maps / 2**20:.0f}",
+        f"{row / apart:.2f}",
     )
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--batch", type=int, default=1)
+    options.add_argument("--heads", type=int, default=16)
     options.add_argument("--rounds", type=int, default=5)
     given = options.parse_args()
     torch.set_num_threads(1)
     table = Table(title=f"[CLS] rows of {LAYERS} layers, CLIP ViT-L/14-336, batch {given.batch}")
-    for column in ("dtype", "rows / tower", "released way / tower", "rows MiB", "released MiB"):
+    columns = ("dtype", "rows / tower", "released way / tower", "rows MiB", "released MiB")
+    for column in (*columns, "rows / one by one"):
         table.add_column(column, justify="right")
     for dtype in (torch.float32, torch.bfloat16):
-        table.add_row(*measure(dtype, given.batch, given.rounds))
+        table.add_row(*measure(dtype, given.batch, given.heads, given.rounds))
     Console().print(table)
 
 

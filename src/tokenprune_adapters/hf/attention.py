@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 from tokenprune.adapter import NotCopyable, Removable
 from tokenprune.errors import AttachError, UnsupportedError
 
+from ..rows import dot
 from .names import Call, Signature
 
 _OURS = "tokenprune"
@@ -70,7 +71,7 @@ class Asked:
         asking = self.query.gather(2, index).float()
         # Heads that share keys stand side by side: (group, its heads and queries).
         grouped = asking.reshape(batch, groups, -1, channels)
-        logits = (grouped @ self.key.float().mT) * self.scale
+        logits = dot(grouped, self.key) * self.scale
         logits = logits.reshape(batch, heads, asked, -1)
         if self.cap is not None:
             logits = torch.tanh(logits / self.cap) * self.cap
