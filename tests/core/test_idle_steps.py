@@ -20,6 +20,7 @@ from tokenprune import (
     FoPruScorer,
     ImportantDiverse,
     Keep,
+    KMeans,
     Plan,
     Pool,
     PruMerge,
@@ -180,6 +181,30 @@ def test_an_argument_that_another_overrules_is_refused(
     with pytest.raises((SpecError, BudgetError)) as caught:
         make()
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (
+            "fastv(layer=5) @ after-layer(2)",
+            "'fastv(layer=5) @ after-layer(2)' has two placements: arguments of 'fastv' ask for @ "
+            "after-layer(5, positions='original'), and it is followed by another one; give one of",
+        ),
+        ("fastv(0.5, 2, 'last', 'reindexed') @ after-layer(3)", "ask for @ after-layer(2, positi"),
+        ("fastervlm(newline='drop') @ before-llm", "ask for @ before-llm(newline='drop')"),
+    ],
+)
+def test_a_placement_that_another_overrules_is_refused(spec: str, words: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        parse(spec)
+    assert words in str(caught.value)
+
+
+def test_a_recipe_may_stand_elsewhere() -> None:
+    assert parse("fastv(0.25) @ after-layer(3)") == parse("fastv | evict(0.25) @ after-layer(3)")
+    steps = parse("kmeans(0) @ after-layer(2)").strategy.steps  # which before the LLM is refused
+    assert steps == (KMeans(0),)
 
 
 def test_the_other_argument_makes_it_count() -> None:
