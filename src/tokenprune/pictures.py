@@ -76,6 +76,9 @@ def read_picture(source: Source, name: str | None = None) -> Image.Image:
     if isinstance(source, Image.Image):
         return _guarded(source, name or "in memory")
     shown = name or str(source)
+    if isinstance(source, str | Path) and Path(source).exists() and not Path(source).is_file():
+        # To open a pipe would wait for somebody to write into it.
+        raise PictureError(shown, "it is no file, but a folder, a pipe or a device")
     try:
         opened = Image.open(source)
     except UnidentifiedImageError as error:

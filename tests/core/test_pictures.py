@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -365,6 +366,14 @@ def test_what_is_no_picture_says_so(tmp_path: Path) -> None:
         picture_of(b"no")
     with pytest.raises(PictureError, match=r"cannot read the picture .*b\.png: .*No such file"):
         read_picture(tmp_path / "b.png")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    for name in ("pipe.png", "folder.png"):
+        with pytest.raises(PictureError, match=rf"{name}: it is no file, but a folder, a pipe or"):
+            read_picture(tmp_path / name)
 
 
 def bomb() -> bytes:
