@@ -80,6 +80,6 @@ def _why_no_picture(path: Path) -> str | None:
     if known:
         return None
     try:
-        return None if is_picture(path) else "it does not begin as a picture does"
+        return None if is_picture(path) else "it does not begin as pictures of common formats do"
     except OSError as error:
         return f"cannot be opened: {error.strerror or error}"

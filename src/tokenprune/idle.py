@@ -1,12 +1,14 @@
-"""Idle steps: scorers that nobody reads and budgets that nothing exceeds. They are refused.
+"""Idle steps: scorers that nobody reads, budgets that nothing exceeds, what a later step undoes.
 
-Nobody means them, and nothing would show that they do nothing. Only steps of one strategy are
-looked at: a stage further on in a schedule that finds nothing to reduce is seen in the report.
+They are refused: nobody means them, and nothing would show that they do nothing. Only steps of one
+strategy are looked at: a stage further on in a schedule that finds nothing to reduce is seen in the
+report.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from .budget import PER, Keep
@@ -45,22 +47,47 @@ def check_scores_are_read(steps: Sequence[Scorer | Reducer], scorers: Sequence[b
             )
 
 
-def check_budgets_fall(steps: Iterable[object]) -> None:
+def check_no_repetition(steps: Sequence[Scorer | Reducer]) -> None:
+    """Refuse a reducer whose choice the next one makes anew: by the same scores, and of fewer.
+
+    Raises:
+        SpecError: names both, and what would work.
+    """
+    for step, following in pairwise(steps):
+        if not all(getattr(each, "keeps_highest", False) for each in (step, following)):
+            continue
+        first, last = _budget(step), _budget(following)
+        if first is None or last is None or first.per != last.per or isinstance(last.amount, float):
+            continue
+        if first.count(last.amount) == last.amount:
+            raise SpecError(
+                f"{step!r} has no effect: {following!r} comes next and ranks the same tokens by "
+                "the same scores; leave the first one out, or put a scorer between them, as in "
+                "'cls-attention | evict(288) | uniform | evict(144)'"
+            )
+
+
+def check_budgets_fall(steps: Sequence[Reducer]) -> None:
     """Refuse a reducer to which all is left, or less than it would keep.
 
-    Steps stand in one strategy, so a budget of everything beside others is refused as well.
+    Steps stand in one strategy, so a budget of everything, or of nothing, is refused beside others.
 
     Raises:
         SpecError: names the reducer, and what would work.
     """
     given = [(step, budget) for step in steps if (budget := _budget(step)) is not None]
-    if len(given) > 1:
-        for step, budget in given:
-            if isinstance(budget.amount, float) and budget.amount == 1:
-                raise SpecError(
-                    f"{step!r} has no effect: it keeps everything, and other steps reduce; leave "
-                    "it out, or give it a smaller budget"
-                )
+    for step, budget in given if len(steps) > 1 else ():
+        if isinstance(budget.amount, float) and budget.amount == 1:
+            raise SpecError(
+                f"{step!r} has no effect: it keeps everything, and other steps reduce; leave it "
+                "out, or give it a smaller budget"
+            )
+        if budget.amount == 0:
+            idle = steps[1] if step is steps[0] else steps[0]
+            raise SpecError(
+                f"{idle!r} has no effect: {step!r} leaves no visual token, before or after; leave "
+                "one of them out"
+            )
     most: dict[str, int] = {}
     for step, budget in given:
         left = most.get(budget.per)

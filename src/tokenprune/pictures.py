@@ -36,7 +36,7 @@ PICTURES = frozenset(
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
 """Those of `PICTURES`. Pillow takes almost any file for one of some others, such as TGA."""
 
-_PHOTOMETRIC, _BITS, _WHITE_IS_ZERO = 262, 258, 0  # of TIFF
+_PHOTOMETRIC, _BITS, _FORM, _WHITE_IS_ZERO, _SIGNED = 262, 258, 339, 0, 2  # of TIFF
 _BY_NUMBER = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 _HALF = 0.5  # what is a fraction of 255 is rounded half up
 
@@ -76,6 +76,9 @@ def read_picture(source: Source, name: str | None = None) -> Image.Image:
     if isinstance(source, Image.Image):
         return _guarded(source, name or "in memory")
     shown = name or str(source)
+    if isinstance(source, str | Path) and Path(source).exists() and not Path(source).is_file():
+        # To open a pipe would wait for somebody to write into it.
+        raise PictureError(shown, "it is no file, but a folder, a pipe or a device")
     try:
         opened = Image.open(source)
     except UnidentifiedImageError as error:
@@ -107,6 +110,7 @@ def is_picture(path: Path) -> bool:
 
 def _guarded(image: Image.Image, name: str) -> Image.Image:
     try:
+        _check_key(image, name)
         image.load()  # decodes all of it: damage shows here. Some decoders also turn the picture.
         return _turned(_decoded(image, name), image)
     except PictureError:
@@ -121,20 +125,25 @@ def _said(error: Exception) -> str:
 
 def _decoded(image: Image.Image, name: str) -> Image.Image:
     """`image` in RGB, as it was stored."""
-    if image.mode in _BY_NUMBER:
+    if image.mode in _BY_NUMBER or _tag(image, _FORM) == _SIGNED:
         return _of_numbers(image, name)
     if image.mode == "La":
         image = image.convert("LA")
     if not image.has_transparency_data:
         return image.convert("RGB")
+    return _over_white(image.convert("RGBA"))
+
+
+def _check_key(image: Image.Image, name: str) -> None:
+    """Refuse one transparent colour of 16 bits. Only before it is decoded, a picture tells."""
     key = image.info.get("transparency")
-    if isinstance(key, tuple) and max(key) > 255:
+    wide = any(isinstance(tile[3], str) and ";16" in tile[3] for tile in getattr(image, "tile", ()))
+    if isinstance(key, tuple) and (wide or max(key) > 255):
         raise PictureError(
             name,
             f"one colour of 16 bits is transparent, {key}, but colours are decoded to 8 bits, so "
             "other pixels could vanish; save it with an alpha channel",
         )
-    return _over_white(image.convert("RGBA"))
 
 
 def _over_white(image: Image.Image) -> Image.Image:
@@ -194,13 +203,15 @@ def _white(image: Image.Image, name: str) -> float:
                 "(white) have a sure meaning; rescale it to that, or to 8 bits",
             )
         return 1.0
-    # Pillow holds 16-bit PGM, and older versions of it 16-bit PNG, in 32 bits.
-    if image.mode == "I" and image.format not in ("PNG", "PPM"):
-        low, high = image.getextrema()
+    # Pillow holds 16-bit PGM, and older versions of it 16-bit PNG, in 32 bits. Those of 8 bits in
+    # a TIFF, and of 16 in a FITS file, it holds as if they had no sign.
+    wide = image.mode == "I" and image.format not in ("PNG", "PPM")
+    if wide or image.format == "FITS" or _tag(image, _FORM) == _SIGNED:
+        seen = ", from {} to {}".format(*image.getextrema()) if image.mode == "I" else ""
         raise PictureError(
             name,
-            f"its pixels are whole numbers of 32 bits or with a sign, from {low} to {high}, and "
-            "nothing says which of them is white; rescale it to 8 or 16 bits without a sign",
+            f"its pixels are whole numbers of 32 bits or with a sign{seen}, and nothing says which "
+            "of them is white; rescale it to 8 or 16 bits without a sign",
         )
     bits = _tag(image, _BITS)
     return 2.0 ** (bits if 8 < bits < 16 else 16) - 1
@@ -244,4 +255,5 @@ def _turned(decoded: Image.Image, image: Image.Image) -> Image.Image:
         said = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # a picture whose EXIF data is damaged is a picture all the same
         return decoded
-    return decoded.transpose(turns[said - 2]) if said in range(2, 9) else decoded
+    # Some write it as a fraction.
+    return decoded.transpose(turns[int(said) - 2]) if said in range(2, 9) else decoded

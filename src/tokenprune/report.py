@@ -116,15 +116,12 @@ class Record:
         self.counted(before, {0: reduction.plan.lengths}, origins)
 
     def decided(self, reduction: Reduction, origins: Origins = ()) -> None:
-        """Note a reduction as the latest, without counting tokens; KV bytes are not known yet."""
+        """Note a reduction of a call; it is shown when its tokens are counted, if nothing fails."""
         mine = self._local
         earlier = mine.parts if mine.joining else ()
         shown = [origin for part in earlier for origin in part.origins]
         part = Part(reduction, _numbered(origins, reduction.plan.anchors.shape[0], shown))
-        mine.parts = (*earlier, part)
-        with self._lock:
-            self._parts = mine.parts
-            self._update(kv_bytes=0, kv_bytes_vanilla=0)
+        mine.parts, mine.kv_bytes = (*earlier, part), (0, 0)
 
     def counted(
         self,
@@ -132,7 +129,7 @@ class Record:
         after: Mapping[int, tuple[int, ...]],
         origins: Origins = (),
     ) -> None:
-        """Note the visual tokens of the rows of a call (but see `same_call`).
+        """Note the visual tokens of the rows of a call (but see `same_call`), and show it.
 
         Args:
             before: of each row as the vision tower made it.
@@ -159,8 +156,12 @@ class Record:
             images[row.origin.order] = ImageReport(one.before + row.before, one.after + row.last)
         layers = {layer: sum(row.after[layer] for row in rows) for layer in after}
         mine.rows = rows
+        stored, vanilla = mine.kv_bytes
         with self._lock:
+            self._parts = mine.parts or self._parts
             self._update(
+                kv_bytes=stored,
+                kv_bytes_vanilla=vanilla,
                 images=tuple(images[order] for order in sorted(images)),
                 layers=tuple(layers.items()),
                 calls=self._report.calls + calls,
@@ -183,6 +184,7 @@ class Record:
 
     def cached(self, stored: int, vanilla: int) -> None:
         """Note the bytes of the KV cache after a prefill."""
+        self._local.kv_bytes = stored, vanilla
         with self._lock:
             self._update(kv_bytes=stored, kv_bytes_vanilla=vanilla)
 
@@ -261,6 +263,7 @@ class _Local(threading.local):
     joining: bool = False
     parts: tuple[Part, ...] = ()
     rows: tuple[_Row, ...] = ()
+    kv_bytes: tuple[int, int] = (0, 0)
 
 
 def _numbered(

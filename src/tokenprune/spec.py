@@ -96,7 +96,8 @@ def shown(value: Stage | Strategy | Placement | Scorer | Reducer) -> str:
         return repr(value)
 
 
-def _stages(part: str, spec: str, recipes: bool) -> list[Stage]:
+def _stages(part: str, spec: str, recipes: bool, elsewhere: Placement | None = None) -> list[Stage]:
+    """The stages of `part`, a recipe if `recipes` may be named; all at `elsewhere` if given."""
     before, *after = _split(part, "@", spec)
     if len(after) > 1:
         raise SpecError(f"{spec!r} has more than one placement ('@') in a stage")
@@ -105,13 +106,28 @@ def _stages(part: str, spec: str, recipes: bool) -> list[Stage]:
     expanded = _expand(calls[0]) if recipes and len(calls) == 1 else None
     if expanded is None:
         strategy = Strategy(*(_step(call, spec) for call in calls))
-        return [Stage(strategy, placement or BeforeLLM())]
-    stages = [s for p in _split(expanded, ";", expanded) for s in _stages(p, expanded, False)]
-    if placement is None:
-        return stages
-    if len(stages) > 1:
-        raise SpecError(f"{calls[0].name!r} is a schedule with placements of its own, in {spec!r}")
-    return [Stage(stages[0].strategy, placement)]
+        return [Stage(strategy, elsewhere or placement or BeforeLLM())]
+    parts = _split(expanded, ";", expanded)
+    if placement is not None:
+        if len(parts) > 1:
+            raise SpecError(
+                f"{calls[0].name!r} is a schedule with placements of its own, in {spec!r}"
+            )
+        _check_not_overruled(calls[0], expanded, spec)
+    return [stage for each in parts for stage in _stages(each, expanded, False, placement)]
+
+
+def _check_not_overruled(call: _Call, expanded: str, spec: str) -> None:
+    """Refuse arguments of a recipe that decide on the placement that another one replaces."""
+    known = registry()
+    recipe = known.named(known.recipes, call.name, "recipe")
+    assert recipe is not None
+    own, usual = (_split(each, "@", each)[1:] for each in (expanded, recipe.expand()))
+    if own != usual:
+        raise SpecError(
+            f"{spec!r} has two placements: arguments of {call.name!r} ask for @{own[0]}, and it is "
+            "followed by another one; give one of them"
+        )
 
 
 def _expand(call: _Call) -> str | None:

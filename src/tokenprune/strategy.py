@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import ScoreError, ShapeError, SpecError
-from .idle import check_budgets_fall, check_scores_are_read
+from .idle import check_budgets_fall, check_no_repetition, check_scores_are_read
 from .kept import Origin
 from .placement import Placement
 from .plan import Plan
@@ -40,9 +40,12 @@ class Reducer(ABC):
 
     Attributes:
         needs_scores: True for one that cannot do without a scorer before it.
+        keeps_highest: True for one that keeps the tokens with the highest scores, as many as its
+            budget says, so that one of a larger budget right before it is refused.
     """
 
     needs_scores: ClassVar[bool] = False
+    keeps_highest: ClassVar[bool] = False
 
     @property
     def ignores_scores(self) -> bool:
@@ -107,7 +110,8 @@ class Strategy:
         for step in steps:
             if not isinstance(step, (Scorer, Reducer)):
                 raise SpecError(f"a step must be a Scorer or a Reducer, got {step!r}")
-            if isinstance(step, Reducer) and step.needs_scores and not scored:
+            needs = isinstance(step, Reducer) and step.needs_scores and not step.ignores_scores
+            if needs and not scored:
                 raise SpecError(
                     f"{type(step).__name__} ranks tokens by scores, but no scorer stands before "
                     f"it; try Strategy(ClsAttentionScorer(), {type(step).__name__}(...))"
@@ -119,7 +123,8 @@ class Strategy:
                 + (", ".join(type(step).__name__ for step in steps) or "no steps")
             )
         check_scores_are_read(steps, [isinstance(step, Scorer) for step in steps])
-        check_budgets_fall(step for step in steps if isinstance(step, Reducer))
+        check_budgets_fall([step for step in steps if isinstance(step, Reducer)])
+        check_no_repetition(steps)
 
     @property
     def signals(self) -> frozenset[Signal]:

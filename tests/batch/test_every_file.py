@@ -19,7 +19,7 @@ from tokenprune_adapters import pocket
 from tokenprune_adapters.batch import InputError
 from tokenprune_adapters.batch.rows import read_rows
 
-NOT_A_PICTURE = "it does not begin as a picture does"
+NOT_A_PICTURE = "it does not begin as pictures of common formats do"
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def test_a_folder_of_pictures(tmp_path: Path) -> None:
     assert reds(rows) == [1, 2]
     assert rows.passed_over == (
         (".hidden.png", "its name begins with a dot"),
-        ("readme.txt", "it does not begin as a picture does"),
+        ("readme.txt", "it does not begin as pictures of common formats do"),
     )
 
 

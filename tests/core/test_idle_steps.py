@@ -20,6 +20,7 @@ from tokenprune import (
     FoPruScorer,
     ImportantDiverse,
     Keep,
+    KMeans,
     Plan,
     Pool,
     PruMerge,
@@ -102,7 +103,21 @@ def test_a_scorer_that_nobody_reads_is_refused(spec: str, words: str) -> None:
         ("pool(9) | tome(0.5) | kmeans(5)", "leave at most 5 visual tokens per image"),
         ("pool(1) | tome(0.5)", "leave at most 1 visual tokens per image"),
         ("uniform | evict(4) | random | evict(9)", "Evict(keep=9, per='image') has no effect"),
-        ("uniform | evict(0) | tome(3) @ after-layer(2)", "leave at most 0 visual tokens"),
+        (
+            "uniform | evict(0) | tome(3) @ after-layer(2)",
+            "ToMe(keep=3, per='image', metric='features', layer=-2) has no effect: Evict(keep=0, "
+            "per='image') leaves no visual token, before or after; leave one of them out",
+        ),
+        ("uniform | evict(0) | prumerge @ after-layer(2)", "PruMerge(keep=None"),
+        ("tome(9) | random | evict(0) @ after-layer(2)", "has no effect: Evict(keep=0"),
+        ("prumerge | tome(1.0)", "ToMe(keep=1.0, per='image', metric='features', layer=-2) has"),
+        (
+            "uniform | evict(9) | evict(8)",
+            "Evict(keep=9, per='image') has no effect: Evict(keep=8, per='image') comes next and "
+            "ranks the same tokens by the same scores; leave the first one out, or put a scorer",
+        ),
+        ("uniform | pool(9) | evict(4) | evict(2)", "Evict(keep=4, per='image') has no effect"),
+        ("uniform | evict(0.9) | evict(2)", "Evict(keep=0.9, per='image') has no effect"),
         ("uniform | evict(4, per='crop') | tome(9, per='crop')", "4 visual tokens per crop"),
         ("tome(9) | prumerge(9)", "PruMerge(keep=9"),
         ("uniform | evict(1.0) | tome(0.5)", "Evict(keep=1.0, per='image') has no effect: it kee"),
@@ -119,8 +134,13 @@ def test_a_reducer_after_which_nothing_changes_is_refused(spec: str, words: str)
     "spec",
     [
         "uniform | evict(1.0)",  # the model as it is
-        "uniform | evict(9) | evict(8)",
+        "uniform | evict(9) | random | evict(8)",
+        "uniform | evict(9) | tome(8)",
+        "uniform | evict(9) | evict(0.5)",
+        "uniform | evict(0.5) | evict(8)",  # of 9 tokens, 5 stay
         "uniform | evict(0.5) | evict(0.5)",
+        "uniform | evict(4, per='crop') | evict(4)",
+        "dominant-contextual(8, contextual=1.0)",  # needs no scorer
         "uniform | evict(9) | tome(0.5) | random | evict(4)",
         "uniform | evict(0.5) | tome(8)",
         "cls-attention | pool(9) | evict(4)",  # scores are merged as the tokens are
@@ -161,6 +181,30 @@ def test_an_argument_that_another_overrules_is_refused(
     with pytest.raises((SpecError, BudgetError)) as caught:
         make()
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (
+            "fastv(layer=5) @ after-layer(2)",
+            "'fastv(layer=5) @ after-layer(2)' has two placements: arguments of 'fastv' ask for @ "
+            "after-layer(5, positions='original'), and it is followed by another one; give one of",
+        ),
+        ("fastv(0.5, 2, 'last', 'reindexed') @ after-layer(3)", "ask for @ after-layer(2, positi"),
+        ("fastervlm(newline='drop') @ before-llm", "ask for @ before-llm(newline='drop')"),
+    ],
+)
+def test_a_placement_that_another_overrules_is_refused(spec: str, words: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        parse(spec)
+    assert words in str(caught.value)
+
+
+def test_a_recipe_may_stand_elsewhere() -> None:
+    assert parse("fastv(0.25) @ after-layer(3)") == parse("fastv | evict(0.25) @ after-layer(3)")
+    steps = parse("kmeans(0) @ after-layer(2)").strategy.steps  # which before the LLM is refused
+    assert steps == (KMeans(0),)
 
 
 def test_the_other_argument_makes_it_count() -> None:
@@ -210,6 +254,13 @@ def test_a_budget_that_need_not_be_met_tells_nothing_about_later_ones() -> None:
 def test_stages_of_a_schedule_are_not_compared(specs: list[str]) -> None:
     """What a later stage finds is seen in the report, of that stage."""
     assert len(stages_of(specs)) >= 2
+
+
+def test_without_dominant_tokens_no_scorer_is_needed() -> None:
+    tokens = VisualTokens.of(torch.rand(2, 16, 4))
+    alone = DominantContextual(4, contextual=4, metric="features")
+    given = alone.plan(tokens, torch.rand(2, 16), Signals())
+    assert torch.equal(Strategy(alone)(tokens).plan.dense(), given.dense())
 
 
 def test_what_is_refused_would_have_done_nothing() -> None:

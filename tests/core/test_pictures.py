@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -187,6 +188,31 @@ def test_whole_numbers_without_a_sure_meaning_are_refused(tmp_path: Path, dtype:
         read_picture(Image.new("I", (2, 2), 7))
 
 
+def fits(bits: int, values: np.ndarray) -> io.BytesIO:
+    """A FITS file of one row; its whole numbers of 16 and 32 bits have a sign."""
+    cards = {"SIMPLE": "T", "BITPIX": bits, "NAXIS": 2, "NAXIS1": len(values), "NAXIS2": 1}
+    head = "".join(f"{key:8}= {value:>20}".ljust(80) for key, value in cards.items())
+    return io.BytesIO((head + "END").ljust(2880).encode() + values.tobytes().ljust(2880, b"\0"))
+
+
+@pytest.mark.parametrize(
+    "file",
+    [tiff(8, 1, 2, b"\xfb\x05", width=2), fits(16, np.array([-1, 1], ">i2"))],
+    ids=["TIFF of 8 bits", "FITS"],
+)
+def test_a_sign_that_pillow_does_not_mind_is_refused(file: io.BytesIO) -> None:
+    """-5 would be 251, nearly white."""
+    with pytest.raises(
+        PictureError, match=r"a\.tif: its pixels are whole numbers of 32 bits or wi"
+    ):
+        read_picture(file, "a.tif")
+
+
+def test_fits_without_a_sign() -> None:
+    assert greys(read_picture(fits(8, np.array([0, 200], "u1")))).tolist() == [[0, 200]]
+    assert greys(read_picture(fits(-32, np.array([0, 1], ">f4")))).tolist() == [[0, 255]]
+
+
 # --------------------------------------------------------------------------------- transparency
 
 
@@ -245,9 +271,10 @@ def test_one_colour_may_be_transparent(image: Image.Image, wanted: list[tuple[in
 
 
 def test_a_transparent_colour_of_more_bits_than_are_decoded_is_refused() -> None:
-    file = png(16, 2, 1, struct.pack(">3H", 1, 2, 3), struct.pack(">3H", 999, 2, 3))
-    with pytest.raises(PictureError, match="one colour of 16 bits is transparent"):
-        read_picture(file, "a.png")
+    for key in (999, 9):  # one of 9 would be black, and 9 * 256 be taken for it
+        file = png(16, 2, 1, struct.pack(">3H", 9, 9, 9), struct.pack(">3H", key, 9, 9))
+        with pytest.raises(PictureError, match=r"a\.png: one colour of 16 bits is transparent"):
+            read_picture(file, "a.png")
 
 
 @pytest.mark.parametrize(
@@ -318,6 +345,14 @@ def test_numbers_and_transparency_are_turned_as_well(mode: str) -> None:
     assert (greys(read_picture(file)) == np.rot90(RAMP, -1)).all()
 
 
+@pytest.mark.parametrize(
+    ("kind", "value"), [(3, b"\6\0"), (4, b"\6\0\0\0"), (11, struct.pack("<f", 6))]
+)
+def test_orientations_of_any_type_of_number(kind: int, value: bytes) -> None:
+    exif = b"Exif\0\0II*\0" + struct.pack("<IHHHI", 8, 1, 274, kind, 1) + value.ljust(8, b"\0")
+    assert read_picture(file_of(Image.new("L", (3, 2)), "JPEG", exif=exif)).size == (2, 3)
+
+
 # --------------------------------------------------------------------------------------- errors
 
 
@@ -331,6 +366,14 @@ def test_what_is_no_picture_says_so(tmp_path: Path) -> None:
         picture_of(b"no")
     with pytest.raises(PictureError, match=r"cannot read the picture .*b\.png: .*No such file"):
         read_picture(tmp_path / "b.png")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    for name in ("pipe.png", "folder.png"):
+        with pytest.raises(PictureError, match=rf"{name}: it is no file, but a folder, a pipe or"):
+            read_picture(tmp_path / name)
 
 
 def bomb() -> bytes:

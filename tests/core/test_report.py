@@ -253,3 +253,46 @@ def test_threads_may_share_a_record() -> None:
         thread.join()
     report = record.report
     assert (report.calls, report.tokens_before, report.tokens_after) == (800, 12800, 4800)
+
+
+def test_a_call_that_fails_half_way_is_not_reported() -> None:
+    """Neither what it decided nor that its bytes are not known; the next one is as ever."""
+    record = Record()
+    record.reduced(reduction(batch=1), (8,))
+    record.cached(stored=100, vanilla=400)
+    before, last = record.report, record.last
+    record.decided(reduction(batch=3))
+    assert record.report == before
+    assert record.last.plan is last.plan
+    record.decided(reduction(batch=2))
+    record.cached(stored=10, vanilla=40)
+    record.counted((8, 8), {0: (8, 8), 1: (3, 3)})
+    report = record.report
+    assert len(report.images) == len(report.kept) == len(record.last.plan.lengths) == 2
+    assert (report.kv_bytes, report.kv_bytes_vanilla) == (10, 40)
+
+
+def test_bytes_of_an_earlier_call_are_not_those_of_one_without_a_cache() -> None:
+    record = Record()
+    record.reduced(reduction(batch=1), (8,))
+    record.cached(stored=100, vanilla=400)
+    record.reduced(reduction(batch=1), (8,))
+    assert record.report.kv_bytes == record.report.kv_bytes_vanilla == 0
+
+
+def test_calls_of_two_threads_that_overlap_are_reported_whole() -> None:
+    record = Record()
+    record.decided(reduction(batch=1))
+
+    def call() -> None:
+        record.decided(reduction(batch=5))
+        record.counted((8,) * 5, {0: (3,) * 5})
+        record.cached(stored=5, vanilla=50)
+
+    other = threading.Thread(target=call)
+    other.start()
+    other.join()
+    assert len(record.report.kept) == len(record.report.images) == 5
+    record.counted((8,), {0: (3,)})
+    assert len(record.report.kept) == len(record.report.images) == 1
+    assert record.report.kv_bytes == 0  # it has none yet

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -41,6 +41,7 @@ from tokenprune import (
     Signals,
     SpecError,
     Strategy,
+    ToMe,
     UniformScorer,
     VisualTokens,
 )
@@ -118,7 +119,9 @@ def test_evicting_twice_is_evicting_to_the_last_budget(
 ) -> None:
     tokens, scores = case
     assume(other < one)
-    twice = Strategy(Gives(scores), Evict(one), Evict(other))(tokens)
+    first = Strategy(Gives(scores), Evict(one))(tokens)
+    second = Strategy(Gives(first.plan(scores)), Evict(other))(first.tokens)
+    twice = replace(second, plan=first.plan.then(second.plan))
     once = Strategy(Gives(scores), Evict(other))(tokens)
     assert twice.tokens.lengths == once.tokens.lengths
     for row in range(len(scores)):
@@ -192,7 +195,7 @@ def test_infinite_scores_merge_without_becoming_nan() -> None:
 
 def test_keeping_everything_hands_the_tokens_through() -> None:
     tokens = VisualTokens.of(torch.rand(2, 5, 3))
-    reduction = Strategy(RandomScorer(), Evict(9), Evict(5))(tokens)
+    reduction = Strategy(RandomScorer(), Evict(9), ToMe(5))(tokens)
     assert reduction.tokens is tokens
     assert reduction.plan.is_identity
 
@@ -262,7 +265,7 @@ def test_impossible_strategies_are_refused(make: Callable[[], object], words: st
 
 
 def test_nothing_left_is_refused_before_the_llm_and_allowed_after_a_layer() -> None:
-    strategy = Strategy(RandomScorer(), Evict(5), Evict(0))
+    strategy = Strategy(RandomScorer(), Evict(0))
     with pytest.raises(BudgetError, match="keep=0 leaves no visual token before the LLM"):
         strategy.at(BeforeLLM())
     assert strategy.at(AfterLayer(15)).strategy is strategy

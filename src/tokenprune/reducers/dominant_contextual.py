@@ -77,7 +77,9 @@ class DominantContextual(Budgeted, Reducer):
         return metric_signals(self.metric, self.layer)
 
     def plan(self, tokens: VisualTokens, scores: Tensor | None, signals: Signals) -> Plan:
-        assert scores is not None, "Strategy checks that a scorer came before"
+        if scores is None:
+            assert self.ignores_scores, "Strategy checks that a scorer came before"
+            scores = torch.zeros(tokens.mask.shape, device=tokens.mask.device)
         counts = kept_counts(self.budget, tokens)
         if counts == tokens.lengths:
             return Plan.identity(tokens.mask, tokens.lengths)

@@ -29,6 +29,7 @@ class Evict(Budgeted, Reducer):
     """
 
     needs_scores: ClassVar[bool] = True
+    keeps_highest: ClassVar[bool] = True
 
     def plan(self, tokens: VisualTokens, scores: Tensor | None, signals: Signals) -> Plan:
         assert scores is not None, "Strategy checks that a scorer came before"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -222,3 +223,22 @@ def test_bytes_are_of_the_latest_prefill_also_without_a_picture(llava: Any) -> N
         generate(model, collate([Row([BOS, 5, 6])]), steps=4)
         assert attachment.report.kv_bytes == kv_bytes([3] * LAYERS, rows=1)
         assert attachment.report.kv_bytes_saved == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stages", [[], ["cls-attention | evict(9)"]], ids=["inside", "both"])
+def test_a_call_that_fails_half_way_leaves_the_report_as_it_was(llava: Any, stages: Any) -> None:
+    def fails(*_: object) -> None:
+        raise ConnectionError
+
+    model = llava()
+    with tokenprune.attach(model, *stages, "fastv | evict(4) @ after-layer(1)") as attachment:
+        model(**collate(prompts()[:1]))
+        before = attachment.report
+        handle = model.model.language_model.layers[2].register_forward_pre_hook(fails)
+        with pytest.raises(ConnectionError):
+            model(**collate(prompts()))
+        handle.remove()
+        after = replace(attachment.report, selector_seconds=before.selector_seconds)
+    assert after == before
+    assert attachment.last.plan.lengths == (4,)
