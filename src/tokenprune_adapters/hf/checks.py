@@ -14,6 +14,7 @@ from tokenprune.versions import library
 from .anatomy import Anatomy, has_windows
 from .names import Argument, Call, Signature
 
+_RANKING = (Call.cache, Call.encoded, Call.kept_logits)
 _CORE = (Call.ids, Call.embeds, Call.mask, Call.positions, Call.cache, Call.encoded)
 _LLM = (Call.embeds, Call.mask, Call.positions, Call.cache)
 _LAYER = (Call.hidden, Call.mask, Call.positions, Call.rotary)
@@ -46,7 +47,9 @@ def check_model(parts: Anatomy, placement: Placement, encoders: Encoders) -> Non
             message has the version that was found, and those that were tested.
     """
     check_transformers()
-    _check(parts.core, _CORE)
+    # The core gets what it gives to the methods, and is read as well.
+    given = dict.fromkeys(argument for wanted in encoders.values() for argument in wanted)
+    _check(parts.core, (*_CORE, *given))
     check_llm(parts.llm, layers=isinstance(placement, AfterLayer))
     for tower in parts.towers:
         _check(tower, _TOWER)
@@ -54,7 +57,13 @@ def check_model(parts: Anatomy, placement: Placement, encoders: Encoders) -> Non
         method = getattr(parts.core, name, None)
         if method is None:
             raise UnsupportedError(f"{type(parts.core).__name__} has no {name}{_versions()}")
-        _check(method, wanted)
+        # A call may ask for other layers than those that are configured, which is refused.
+        _check(method, (*wanted, Call.feature_layer))
+
+
+def check_ranking(model: nn.Module) -> None:
+    """Refuse a whole model that does not say which slot its prompt ends at."""
+    _check(model, _RANKING)
 
 
 def check_llm(llm: nn.Module, layers: bool = True) -> None:

@@ -35,6 +35,7 @@ CORE = [
     ("ids", "input_ids"),
     ("mask", "attention_mask"),
     ("encoded", "mm_encoder_outputs"),
+    ("pixels", "pixel_values"),
     ("cache", cache_argument()),
 ]
 PLACES = [
@@ -90,6 +91,36 @@ def test_an_unknown_name_is_refused_when_attaching(role: str, argument: str, old
     known = library("transformers")
     assert f"does not take {getattr(Call, argument)}" in words
     assert f"found transformers {known.found}, tested {known.oldest} to {known.newest}" in words
+
+
+@pytest.mark.parametrize("name", ["cache", "encoded", "kept_logits"])
+def test_what_tells_where_a_prompt_ends_is_looked_for(name: str) -> None:
+    """Where it is absent nothing is wrong with a call, so it must be told when attaching."""
+    model: Any = tiny_llava()
+    argument = getattr(Call, name)
+    taken = inspect.signature(type(model).forward).parameters
+    (old,) = set(argument.names) & set(taken)
+    rename(model, old, f"new_{old}")
+    for attached in (
+        lambda: tokenprune.attach(model, "fastv | evict(4) @ after-layer(2)"),
+        lambda: tokenprune.watch(model).__enter__(),
+    ):
+        with pytest.raises(UnsupportedError) as refused:
+            attached()
+        assert f"{type(model).__name__} does not take {argument}" in str(refused.value)
+    tokenprune.attach(model, INSIDE).detach()
+
+
+def test_other_feature_layers_are_looked_for_where_encoders_take_them() -> None:
+    model: Any = tiny_llava()
+    encode = model.model.get_image_features
+
+    def renamed(pixel_values: Any, layer: Any = None, **rest: Any) -> Any:
+        return encode(pixel_values, vision_feature_layer=layer, **rest)
+
+    model.model.get_image_features = renamed
+    with pytest.raises(UnsupportedError, match="renamed does not take vision_feature_layer"):
+        tokenprune.attach(model, spec(4))
 
 
 @pytest.mark.parametrize(("role", "argument", "old"), PLACES[:-1])
