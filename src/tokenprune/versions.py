@@ -59,6 +59,18 @@ class Library:
         return f"{self.name}>={self.oldest},<{self.limit}"
 
     @property
+    def span(self) -> str:
+        """Both ends of what was tested, in words.
+
+        >>> Library("transformers", "5.19", "5.24", "transformers").span
+        '5.19 to 5.24'
+        >>> Library("lmms-eval", "0.7.3", "0.7", "lmms_eval").span
+        '0.7.3'
+        """
+        alone = f"{self.oldest}.".startswith(f"{self.newest}.")
+        return self.oldest if alone else f"{self.oldest} to {self.newest}"
+
+    @property
     def releases(self) -> tuple[str, ...]:
         """Releases that the matrix of tests asks for, oldest first."""
         return (self.oldest, *self.between, self.newest)

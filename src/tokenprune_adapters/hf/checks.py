@@ -54,11 +54,16 @@ def check_model(parts: Anatomy, placement: Placement, encoders: Encoders) -> Non
     for tower in parts.towers:
         _check(tower, _TOWER)
     for name, wanted in encoders.items():
-        method = getattr(parts.core, name, None)
-        if method is None:
-            raise UnsupportedError(f"{type(parts.core).__name__} has no {name}{_versions()}")
         # A call may ask for other layers than those that are configured, which is refused.
-        _check(method, (*wanted, Call.feature_layer))
+        check_method(parts, name, *wanted, Call.feature_layer)
+
+
+def check_method(parts: Anatomy, name: str, *wanted: Argument[Any]) -> None:
+    """Refuse a core without the method `name`, or one that does not take what is wanted."""
+    method = getattr(parts.core, name, None)
+    if method is None:
+        raise UnsupportedError(f"{type(parts.core).__name__} has no {name}{_versions()}")
+    _check(method, wanted)
 
 
 def check_ranking(model: nn.Module) -> None:
@@ -103,6 +108,12 @@ def _check_rotary(llm: nn.Module) -> None:
 
 def _check(called: nn.Module | Callable[..., Any], wanted: Iterable[Argument[Any]]) -> None:
     signature = Signature.of(called)
+    if not signature.names:
+        raise UnsupportedError(
+            f"{signature.what} wraps another module or function behind *args and **kwargs, so what "
+            "arrives cannot be told; attach first and wrap it then, or use `module.compile()` in "
+            "place of `torch.compile(module)`"
+        )
     missing = signature.missing(*wanted)
     if missing:
         raise UnsupportedError(f"{signature.what} does not take {', '.join(missing)}{_versions()}")
@@ -111,6 +122,6 @@ def _check(called: nn.Module | Callable[..., Any], wanted: Iterable[Argument[Any
 def _versions() -> str:
     known = library("transformers")
     return (
-        f"; found transformers {known.found}, tested {known.oldest} to {known.newest}: install "
+        f"; found transformers {known.found}, tested {known.span}: install "
         f"'{known.requirement}', and see `tokenprune doctor`"
     )

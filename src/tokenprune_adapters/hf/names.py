@@ -143,7 +143,9 @@ class Signature:
     def of(cls, called: nn.Module | Callable[..., Any]) -> Signature:
         """The signature of a module's forward, or of a bound method."""
         function = called.forward if isinstance(called, nn.Module) else called
-        what = type(called).__name__ if isinstance(called, nn.Module) else called.__name__
+        what = type(called).__name__
+        if not isinstance(called, nn.Module):
+            what = getattr(called, "__name__", what)  # partial functions have none
         parameters = inspect.signature(function).parameters.values()
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

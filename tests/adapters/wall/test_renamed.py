@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -109,6 +110,32 @@ def test_what_tells_where_a_prompt_ends_is_looked_for(name: str) -> None:
             attached()
         assert f"{type(model).__name__} does not take {argument}" in str(refused.value)
     tokenprune.attach(model, INSIDE).detach()
+
+
+@torch.no_grad()
+def test_a_wrapped_part_is_refused_before_and_served_after_attaching() -> None:
+    model: Any = tiny_llava()
+    core, plain, inputs = model.model, model.model.language_model, collate(prompts())
+    with tokenprune.attach(model, INSIDE):
+        wanted = model(**inputs).logits
+    core.language_model = torch.compile(plain, backend="eager")
+    with pytest.raises(UnsupportedError, match=r"OptimizedModule wraps .*; attach first and wrap"):
+        tokenprune.attach(model, INSIDE)
+    core.language_model = plain
+    with tokenprune.attach(model, INSIDE):
+        core.language_model = torch.compile(plain, backend="eager")
+        torch.testing.assert_close(model(**inputs).logits, wanted, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_partial_functions_are_known_by_what_they_take() -> None:
+    model: Any = tiny_llava()
+    core = model.model
+    core.get_image_features = functools.partial(core.get_image_features)
+    core.language_model.forward = functools.partial(core.language_model.forward)
+    with tokenprune.attach(model, spec(4)) as attached:
+        model(**collate(prompts()))
+    assert attached.last.plan.lengths == (4, 4, 4)
 
 
 def test_other_feature_layers_are_looked_for_where_encoders_take_them() -> None:
