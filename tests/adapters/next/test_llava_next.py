@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import tokenprune
 from support.llava_next import (
@@ -22,11 +21,6 @@ from support.llava_next import (
 )
 from tokenprune import UnsupportedError
 from tokenprune_adapters.anyres import NEWLINE, Packing
-
-pytestmark = pytest.mark.skipif(
-    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19),
-    reason="below 5.19 the adapter refuses: transformers mixes up images there",
-)
 
 STEPS = 4
 
