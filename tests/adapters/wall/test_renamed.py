@@ -112,6 +112,22 @@ def test_what_tells_where_a_prompt_ends_is_looked_for(name: str) -> None:
     tokenprune.attach(model, INSIDE).detach()
 
 
+def test_names_of_attention_functions_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scale: float) -> None:
+        """With other names than today's."""
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", attention)
+    model = tiny_llava()
+    words = "functions do not take attention_mask, scaling; rank by cls-attention"
+    with pytest.raises(UnsupportedError, match=words):
+        tokenprune.attach(model, "fastv | evict(4) @ after-layer(2)")
+    with pytest.raises(UnsupportedError, match=words), tokenprune.watch(model):
+        pass
+    tokenprune.attach(model, "cls-attention | evict(4) @ after-layer(2)").detach()
+
+
 @torch.no_grad()
 def test_a_wrapped_part_is_refused_before_and_served_after_attaching() -> None:
     model: Any = tiny_llava()
