@@ -141,7 +141,7 @@ FAULTS: dict[Callable[[Patch], None], dict[str, str]] = {
         INSIDE: "UnsupportedError: LlavaModel does not take kv_cache",
     },
     cache_never_read: {BEFORE: "this KV cache belongs", INSIDE: "this KV cache belongs"},
-    wrong_name_of_the_mask_and_no_check: {BEFORE: "logits differ by", INSIDE: "RuntimeError: "},
+    wrong_name_of_the_mask_and_no_check: {BEFORE: "logits differ by", INSIDE: "attention rows of"},
     adapter_that_raises: {BEFORE: "KeyError: 'hidden_states'", INSIDE: "KeyError: 'hidden_states'"},
     nothing_attached: {BEFORE: "logits differ by", INSIDE: "logits differ by"},
 }
