@@ -44,7 +44,7 @@ types: $(READY)  ## mypy, strict
 	$(BIN)/mypy
 
 unit: $(READY)  ## tests and doctests
-	$(PYTEST) tests src --doctest-modules $(APART) --durations=10
+	TOKENPRUNE_LOCK=$(LOCK) $(PYTEST) tests src --doctest-modules $(APART) --durations=10
 
 docs: $(READY)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

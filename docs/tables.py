@@ -54,14 +54,12 @@ def versions() -> str:
 
 
 def _row(each: Library) -> str:
-    alone = each.oldest.startswith(each.newest)
-    range_ = each.oldest if alone else f"{each.oldest} to {each.newest}"
     names = " or ".join(f"`{name}`" for name in (each.name, *each.others))
     if each.extra:
         origin = f"`tokenprune-vlm[{each.extra}]`"
     else:
         origin = "`tokenprune-vlm`" if each.name == "torch" else "you"
-    return f"| {names} | {range_} | {origin} | `make {each.tested}` |"
+    return f"| {names} | {each.span} | {origin} | `make {each.tested}` |"
 
 
 def with_versions(project: str) -> str:

@@ -36,7 +36,7 @@ def cells() -> list[str]:
 def found() -> list[str]:
     """A line for every library of the table that is installed."""
     return [
-        f"{each.name} {each.found} (tested: {each.oldest} to {each.newest})"
+        f"{each.name} {each.found} (tested: {each.span})"
         for each in table().LIBRARIES
         if each.found is not None
     ]

@@ -23,6 +23,9 @@ from .wrappers import unwrapped
 
 _attached: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
 
+_WITH = 3
+"""Callers from a function behind `contextmanager` up to the `with`: the function, contextlib."""
+
 
 class Attachment:
     """Stages at work in a model. A context manager: leaving it, however, restores the model."""
@@ -151,7 +154,7 @@ def observe(
     known = registry()
     plugin = known.claiming(known.towers, tower, adapter)
     chosen = plugin.factory()
-    warn_newer()
+    warn_newer(_WITH)
     wanted = frozenset(signals)
     missing = {type(s) for s in wanted} - chosen.provides(tower)
     if missing:
@@ -187,7 +190,7 @@ def watch(model: nn.Module, *, adapter: str | None = None) -> Iterator[Attended]
     model = unwrapped(model)
     chosen = known.claiming(known.models, model, adapter).factory()
     attended = Attended()
-    warn_newer()
+    warn_newer(_WITH)
     with ExitStack() as installed:
         _install(installed, chosen.watch(model, attended))
         yield attended

@@ -7,8 +7,8 @@ from typing import Any
 
 
 def jsonable(value: Any) -> Any:
-    """`value` with None for every NaN, which JSON does not know, and lists for tuples."""
-    if isinstance(value, float) and math.isnan(value):
+    """`value` with None for NaN and infinity, which JSON does not know, and lists for tuples."""
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
         return {key: jsonable(each) for key, each in value.items()}

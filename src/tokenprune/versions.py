@@ -6,7 +6,6 @@ when attaching and `tokenprune doctor` all come from here; tests compare them.
 
 from __future__ import annotations
 
-import functools
 import platform
 import re
 import sys
@@ -60,6 +59,18 @@ class Library:
         return f"{self.name}>={self.oldest},<{self.limit}"
 
     @property
+    def span(self) -> str:
+        """Both ends of what was tested, in words.
+
+        >>> Library("transformers", "5.19", "5.24", "transformers").span
+        '5.19 to 5.24'
+        >>> Library("lmms-eval", "0.7.3", "0.7", "lmms_eval").span
+        '0.7.3'
+        """
+        alone = f"{self.oldest}.".startswith(f"{self.newest}.")
+        return self.oldest if alone else f"{self.oldest} to {self.newest}"
+
+    @property
     def releases(self) -> tuple[str, ...]:
         """Releases that the matrix of tests asks for, oldest first."""
         return (self.oldest, *self.between, self.newest)
@@ -108,16 +119,25 @@ def library(name: str) -> Library:
     return next(each for each in LIBRARIES if each.name == name)
 
 
-@functools.cache
-def warn_newer() -> None:
-    """Warn, once per process, of libraries at work that are newer than what was tested."""
+_warned: set[str] = set()
+"""Names of libraries that were warned of."""
+
+
+def warn_newer(depth: int = 2) -> None:
+    """Warn, once per process, of each library at work that is newer than what was tested.
+
+    Args:
+        depth: callers to go up to the line that the warning is shown for.
+    """
     newer = [each for each in LIBRARIES if each.module in sys.modules and each.is_newer]
+    newer = [each for each in newer if each.name not in _warned]
     if newer:
+        _warned.update(each.name for each in newer)
         warnings.warn(
             "never tested with "
             + ", ".join(f"{each.name} {each.found} (newest: {each.newest})" for each in newer)
             + "; `tokenprune doctor` compares every supported model with an unpruned one",
-            stacklevel=3,
+            stacklevel=depth + 1,
         )
 
 

@@ -36,13 +36,13 @@ class Packing:
     patches: int
 
     @classmethod
-    def of(cls, core: Any, image_sizes: Tensor, patches: int) -> Packing:
+    def of(cls, core: Any, sizes: Tensor, patches: int) -> Packing:
         """The packing of images of `(images, 2)` height and width by the model `core`."""
-        crops = tuple(_crops(core, size) for size in image_sizes)
+        crops = tuple(_crops(core, size) for size in sizes)
         index = torch.arange(sum(crops) * patches).reshape(-1, patches, 1)
         packed, _ = core.pack_image_features(
             list(torch.split(index, list(crops))),
-            image_sizes,
+            sizes,
             "default",
             torch.tensor([NEWLINE]),
         )

@@ -78,6 +78,17 @@ def test_every_library_is_in_the_table_of_versions(tables: ModuleType) -> None:
         assert f"`make {each.tested}`" in row
 
 
+def test_versions_in_what_the_doctor_is_said_to_print_are_those_of_the_table() -> None:
+    page = (ROOT / "docs" / "how-to" / "doctor.md").read_text()
+    shown = [
+        line for line in page.splitlines() if re.match(r"[\w-]+ +(-|[\d.]+) +[\d.]+ to ", line)
+    ]
+    assert len(shown) > 2
+    for line in shown:
+        name, _, tested = re.split("  +", line)[:3]
+        assert tested == library(name).span, line
+
+
 def test_projects_ask_for_the_versions_of_the_table(tables: ModuleType) -> None:
     assert len(tables.PROJECTS) == 3
     for project in tables.PROJECTS:

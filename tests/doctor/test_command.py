@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from tokenprune.cli.app import app
 from tokenprune.cli.doctor import verdict
+from tokenprune.cli.loading import CommandError
 from tokenprune.doctor import Comparison, Examination, Version, examine
 from tokenprune.plugins import Registry
 from tokenprune_adapters.models.llava import LlavaAdapter
@@ -96,6 +97,13 @@ def test_a_checkpoint_needs_no_processor(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     result = CliRunner().invoke(app, ["doctor", "--model", "./nowhere"])
     assert "there is no folder ./nowhere" in str(result.exception)
+
+
+@pytest.mark.parametrize("words", [[], ["--json"], ["--model", "pocket"]])
+def test_a_device_that_is_not_there(words: list[str]) -> None:
+    result = CliRunner().invoke(app, ["doctor", "--device", "nonsense", *words])
+    assert "cannot use device 'nonsense'" in str(result.exception)
+    assert isinstance(result.exception, CommandError)
 
 
 def test_a_checkpoint_on_which_the_adapter_fails(

@@ -77,6 +77,7 @@ def test_versions_stand_beside_the_tested_ones(found: Examination) -> None:
     python = found.versions[0]
     assert python.found == ".".join(map(str, sys.version_info[:3]))
     assert python.tested == f"{LIBRARIES[0].oldest} to {LIBRARIES[0].newest}"
+    assert [each.tested for each in found.versions if each.name == "lmms-eval"] == ["0.7.3"]
 
 
 def test_the_report_is_json(found: Examination) -> None:

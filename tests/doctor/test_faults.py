@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -11,9 +12,12 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaModel
+from typer.testing import CliRunner
 
+from support.llava import tiny_llava
 from tokenprune import Evict, Plan
-from tokenprune.doctor import Answer, Cut, Questions, Trial, examine
+from tokenprune.cli.app import app
+from tokenprune.doctor import Answer, Cut, Questions, Trial, examine, examine_model
 from tokenprune.plugins import Registry
 from tokenprune_adapters.hf import checks
 from tokenprune_adapters.hf.names import Call
@@ -137,7 +141,7 @@ FAULTS: dict[Callable[[Patch], None], dict[str, str]] = {
         INSIDE: "UnsupportedError: LlavaModel does not take kv_cache",
     },
     cache_never_read: {BEFORE: "this KV cache belongs", INSIDE: "this KV cache belongs"},
-    wrong_name_of_the_mask_and_no_check: {BEFORE: "logits differ by", INSIDE: "RuntimeError: "},
+    wrong_name_of_the_mask_and_no_check: {BEFORE: "logits differ by", INSIDE: "attention rows of"},
     adapter_that_raises: {BEFORE: "KeyError: 'hidden_states'", INSIDE: "KeyError: 'hidden_states'"},
     nothing_attached: {BEFORE: "logits differ by", INSIDE: "logits differ by"},
 }
@@ -193,6 +197,73 @@ def test_trials_that_cannot_be_loaded_are_a_failure(llava: Registry) -> None:
     llava.models[0] = replace(offer, plugin=replace(offer.plugin, trials=trials))
     (failed,) = examine().comparisons
     assert (failed.model, failed.where) == ("hf-llava", "loading its trials")
+
+
+def test_a_module_that_cannot_be_looked_for_is_a_failure(
+    llava: Registry, offering: Callable[..., Registry]
+) -> None:
+    assert llava.models[0].plugin.trials is not None
+    (first,) = llava.models[0].plugin.trials()
+    offering(replace(first, module="nowhere.inside"), first)
+    found = examine()
+    (failed,) = found.failed
+    assert failed.reason == "ModuleNotFoundError: No module named 'nowhere'"
+    assert len(found.comparisons) == 4
+
+
+def test_what_is_no_trial_is_a_failure(offering: Callable[..., Registry]) -> None:
+    offering("LLaVA")  # type: ignore[arg-type]
+    (failed,) = examine().comparisons
+    assert failed.where == "loading its trials"
+    assert failed.reason.endswith("trials of 'hf-llava' must be of type Trial, got 'LLaVA'")
+    (failed,) = examine_model(tiny_llava()).comparisons
+    assert (failed.model, failed.where) == (
+        "LlavaForConditionalGeneration",
+        "loading its trials",
+    )
+
+
+def linear(*cuts: Cut, answer: float = 0) -> Trial:
+    """A trial of a model that always answers the same."""
+    made = Answer(torch.empty(1, 0), torch.full((1, 1, 3), answer))
+    return Trial("m", "torch", lambda: nn.Linear(1, 1), lambda m: Questions(lambda: made, cuts))
+
+
+def test_a_trial_without_cuts_is_a_failure(offering: Callable[..., Registry]) -> None:
+    def broken(model: nn.Module) -> Questions:
+        def cuts() -> Iterator[Cut]:
+            raise KeyError("cut")
+            yield
+
+        return replace(linear().questions(model), cuts=cuts())  # type: ignore[arg-type]
+
+    offering(linear(), replace(linear(), questions=broken))
+    none, raising = examine().failed
+    assert none.reason == "its trial makes no cuts, so nothing was compared"
+    assert (raising.where, raising.reason) == ("reading it by hand", "KeyError: 'cut'")
+
+
+def test_infinity_is_a_failure_that_json_can_hold(offering: Callable[..., Registry]) -> None:
+    def by_hand(text: torch.Tensor, shift: int) -> torch.Tensor:
+        return torch.zeros(1, 1, 3)
+
+    offering(linear(Cut("[/] there", "", by_hand), answer=torch.inf))
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    (said,) = json.loads(result.stdout)["comparisons"]
+    assert (result.exit_code, said["outcome"], said["gap"]) == (1, "failed", None)
+    assert "logits differ by inf" in said["reason"]
+    assert "[/] there" in CliRunner().invoke(app, ["doctor"]).output
+
+
+def test_what_plugins_print_is_not_in_the_json(offering: Callable[..., Registry]) -> None:
+    def build() -> nn.Module:
+        print("Loading ...")  # noqa: T201
+        return nn.Linear(1, 1)
+
+    offering(replace(linear(), build=build))
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert json.loads(result.stdout)["ok"] is False
+    assert "Loading ..." in result.stderr
 
 
 def test_nan_and_other_shapes_are_failures(offering: Callable[..., Registry]) -> None:

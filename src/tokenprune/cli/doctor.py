@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -17,7 +18,7 @@ from torch import nn
 from ..doctor import Comparison, Examination, Version, examine, examine_model
 from ..jsonable import jsonable
 from .console import console, table
-from .loading import load_model, quiet
+from .loading import load_model, quiet, usable_device
 
 POCKET = "pocket"
 COLORS = {"ok": "green", "failed": "red", "refused": "red", "unclear": "yellow"}
@@ -35,7 +36,9 @@ class Request:
 
 def run_doctor(request: Request) -> None:
     """Compare, show what came out, and exit with 1 if anything failed."""
-    found = _examined(request, console())
+    # What models and plugins print stands beside the JSON, not in it.
+    with redirect_stdout(sys.stderr) if request.json else nullcontext():
+        found = _examined(request, console())
     if request.json:
         typer.echo(json.dumps(jsonable(found.as_dict()), indent=2, allow_nan=False))
     else:
@@ -49,9 +52,7 @@ def _examined(request: Request, out: Console) -> Examination:
         quiet()
     if request.model is not None:
         return examine_model(_loaded(request.model, request.device, request.dtype), request.model)
-    device = request.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable_device(request.device)
     if request.json:
         return examine(device)
     with out.status("comparing") as status:
@@ -100,7 +101,7 @@ def _comparisons(found: Examination) -> Table:
     for each in found.comparisons:
         style = COLORS.get(each.outcome, "dim")
         gap = "-" if each.gap is None else f"{each.gap:.0e}" if each.gap else "0"
-        cells = [each.where or "-", f"[{style}]{each.outcome}[/]", gap]
+        cells = [escape(each.where) or "-", f"[{style}]{each.outcome}[/]", gap]
         cells = [*cells, escape(each.spec) or "-"] if one else [escape(each.model), *cells]
         shown.add_row(*cells)
     return shown

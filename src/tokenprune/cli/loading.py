@@ -66,19 +66,37 @@ def load_model(path: str, device: str, dtype: str) -> PreTrainedModel:
         device: of the model; "auto" is the GPU where there is one.
         dtype: name of a torch dtype; "auto" is as stored, but float32 for halves on a CPU.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable_device(device)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise CommandError(f"unknown dtype {dtype!r}; try float32, bfloat16 or float16")
     model: PreTrainedModel = _read("AutoModelForImageTextToText", path, dtype=dtype)
     try:
         model = model.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts where it has no CUDA
-        first = str(error).strip().partition("\n")[0]
-        raise CommandError(f"cannot use device {device!r}: {first}") from error
+    except RuntimeError as error:  # too large for it
+        raise _unusable(device, error) from error
     if dtype == "auto" and device == "cpu" and model.dtype == torch.float16:
         model = model.float()  # half precision is emulated, slowly, on most CPUs
     return model.eval()
+
+
+def usable_device(name: str) -> str:
+    """The device that `name` means: for "auto" the GPU where there is one.
+
+    Raises:
+        CommandError: torch cannot use it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it has no CUDA
+        raise _unusable(name, error) from error
+    return name
+
+
+def _unusable(device: str, error: Exception) -> CommandError:
+    first = str(error).strip().partition("\n")[0]
+    return CommandError(f"cannot use device {device!r}: {first}")
 
 
 def _read(kind: str, path: str, **options: str) -> Any:

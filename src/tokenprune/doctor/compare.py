@@ -21,11 +21,11 @@ CLEAR = 1.5
 
 def compare(trial: Trial, device: torch.device) -> Iterator[Comparison]:
     """Build the tiny model of `trial` and compare it; never raises."""
-    if find_spec(trial.module) is None:
-        reason = f"there is no module {trial.module}"
-        yield Comparison(trial.name, "", "not installed", reason=reason)
-        return
     try:
+        if find_spec(trial.module) is None:
+            reason = f"there is no module {trial.module}"
+            yield Comparison(trial.name, "", "not installed", reason=reason)
+            return
         model = trial.build().to(device)
     except Exception as error:
         yield failure(trial.name, "building it", error)
@@ -40,10 +40,14 @@ def compare_model(
     """Compare `model` by the questions that `ask` makes for it; never raises."""
     try:
         questions = ask(model)
+        cuts = list(questions.cuts)
     except Exception as error:
         yield failure(name, "reading it by hand", error)
         return
-    for cut in questions.cuts:
+    if not cuts:
+        reason = "its trial makes no cuts, so nothing was compared"
+        yield Comparison(name, "nowhere", "failed", reason=reason)
+    for cut in cuts:
         try:
             answer = _answer(model, cut, questions)
         except Exception as error:

@@ -8,14 +8,17 @@ from itertools import chain
 import torch
 from torch import nn
 
-from ..errors import UnsupportedError
+from ..errors import PluginError, UnsupportedError
 from ..plugins import ModelPlugin, registry
 from ..wrappers import unwrapped
 from .compare import compare, compare_model, failure
 from .report import Comparison, Examination
+from .trial import Trial
 
 Progress = Callable[[str], None]
 """Called with the name of each model before it is compared."""
+
+_LOADING = "loading its trials"
 
 
 def examine(
@@ -47,17 +50,25 @@ def examine(
 def _of_plugin(
     plugin: ModelPlugin, device: torch.device, progress: Progress
 ) -> Iterator[Comparison]:
-    if plugin.trials is None:
-        yield Comparison(plugin.name, "", "no trial", reason="its adapter offers none")
-        return
     try:
-        trials = list(plugin.trials())
+        trials = _trials(plugin)
     except Exception as error:
-        yield failure(plugin.name, "loading its trials", error)
+        yield failure(plugin.name, _LOADING, error)
         return
+    if not trials:
+        yield Comparison(plugin.name, "", "no trial", reason="its adapter offers none")
     for trial in trials:
         progress(trial.name)
         yield from compare(trial, device)
+
+
+def _trials(plugin: ModelPlugin) -> list[Trial]:
+    """What a plugin offers; whatever it raises, too."""
+    trials = [] if plugin.trials is None else list(plugin.trials())
+    for trial in trials:
+        if not isinstance(trial, Trial):
+            raise PluginError(f"trials of {plugin.name!r} must be of type Trial, got {trial!r}")
+    return trials
 
 
 def examine_model(model: nn.Module, checkpoint: str = "") -> Examination:
@@ -74,7 +85,12 @@ def examine_model(model: nn.Module, checkpoint: str = "") -> Examination:
     name = type(model).__name__
     known = registry()
     plugin = known.claiming(known.models, model, None)
-    trials = [] if plugin.trials is None else list(plugin.trials())
+    first = next(model.parameters())
+    try:
+        trials = _trials(plugin)
+    except Exception as error:
+        broken = (failure(name, _LOADING, error),)
+        return Examination.of(first.device, first.dtype, broken, checkpoint)
     if not trials:
         offering = sorted(o.plugin.name for o in known.models if o.plugin.trials is not None)
         raise UnsupportedError(
@@ -82,5 +98,4 @@ def examine_model(model: nn.Module, checkpoint: str = "") -> Examination:
             f"do: {', '.join(offering) or 'none'}"
         )
     made = tuple(compare_model(name, model, trials[0].questions))
-    first = next(model.parameters())
     return Examination.of(first.device, first.dtype, made, checkpoint)

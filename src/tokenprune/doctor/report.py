@@ -66,8 +66,7 @@ class Version:
         note = "not installed" if library.found is None else ""
         note = "newer than tested" if library.is_newer else note
         note = "older than supported" if library.is_older else note
-        tested = f"{library.oldest} to {library.newest}"
-        return cls(library.name, library.found, tested, note, library.requirement)
+        return cls(library.name, library.found, library.span, note, library.requirement)
 
 
 @dataclass(frozen=True)

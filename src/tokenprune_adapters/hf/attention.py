@@ -112,6 +112,14 @@ def attention_in(layer: nn.Module) -> nn.Module:
             f"attention rows of {type(layer).__name__} cannot be read: "
             f"{type(found[0]).__name__} has no config that names its kernel"
         )
+    # Kernels take whatever they do not know, but the one beside the module spells all names.
+    eager = _globals(found[0]).get(_EAGER)
+    missing = [] if eager is None else Signature.of(eager).missing(Call.mask, Call.scale)
+    if missing:
+        raise UnsupportedError(
+            f"attention rows of {type(layer).__name__} cannot be read: its attention functions do "
+            f"not take {', '.join(missing)}; rank by cls-attention, or before the LLM"
+        )
     return found[0]
 
 
@@ -134,7 +142,7 @@ class ReadAttention(NotCopyable):
         AttentionInterface.register(_OURS, _attend)
         config = vars(self.attention)["config"]
         if not isinstance(config, ConfigView):
-            config = ConfigView(config, inspect.unwrap(type(self.attention).forward).__globals__)
+            config = ConfigView(config, _globals(self.attention))
             vars(self.attention)["config"] = config
         config.readers.append(self)
         yield _View(self, config)
@@ -243,6 +251,12 @@ def _attend(
 def _full(mask: Any) -> Tensor | None:
     """A mask with an axis of queries; others (of FlashAttention, of blocks) are known without."""
     return mask.detach() if isinstance(mask, Tensor) and mask.ndim == 4 else None
+
+
+def _globals(module: nn.Module) -> Mapping[str, Any]:
+    """What a module's forward finds by name."""
+    found: Mapping[str, Any] = inspect.unwrap(type(module).forward).__globals__
+    return found
 
 
 def _names(module: nn.Module) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from tokenprune.versions import library
 from .anatomy import Anatomy, has_windows
 from .names import Argument, Call, Signature
 
+_RANKING = (Call.cache, Call.encoded, Call.kept_logits)
 _CORE = (Call.ids, Call.embeds, Call.mask, Call.positions, Call.cache, Call.encoded)
 _LLM = (Call.embeds, Call.mask, Call.positions, Call.cache)
 _LAYER = (Call.hidden, Call.mask, Call.positions, Call.rotary)
@@ -46,15 +47,28 @@ def check_model(parts: Anatomy, placement: Placement, encoders: Encoders) -> Non
             message has the version that was found, and those that were tested.
     """
     check_transformers()
-    _check(parts.core, _CORE)
+    # The core gets what it gives to the methods, and is read as well.
+    given = dict.fromkeys(argument for wanted in encoders.values() for argument in wanted)
+    _check(parts.core, (*_CORE, *given))
     check_llm(parts.llm, layers=isinstance(placement, AfterLayer))
     for tower in parts.towers:
         _check(tower, _TOWER)
     for name, wanted in encoders.items():
-        method = getattr(parts.core, name, None)
-        if method is None:
-            raise UnsupportedError(f"{type(parts.core).__name__} has no {name}{_versions()}")
-        _check(method, wanted)
+        # A call may ask for other layers than those that are configured, which is refused.
+        check_method(parts, name, *wanted, Call.feature_layer)
+
+
+def check_method(parts: Anatomy, name: str, *wanted: Argument[Any]) -> None:
+    """Refuse a core without the method `name`, or one that does not take what is wanted."""
+    method = getattr(parts.core, name, None)
+    if method is None:
+        raise UnsupportedError(f"{type(parts.core).__name__} has no {name}{_versions()}")
+    _check(method, wanted)
+
+
+def check_ranking(model: nn.Module) -> None:
+    """Refuse a whole model that does not say which slot its prompt ends at."""
+    _check(model, _RANKING)
 
 
 def check_llm(llm: nn.Module, layers: bool = True) -> None:
@@ -94,6 +108,12 @@ def _check_rotary(llm: nn.Module) -> None:
 
 def _check(called: nn.Module | Callable[..., Any], wanted: Iterable[Argument[Any]]) -> None:
     signature = Signature.of(called)
+    if not signature.names:
+        raise UnsupportedError(
+            f"{signature.what} wraps another module or function behind *args and **kwargs, so what "
+            "arrives cannot be told; attach first and wrap it then, or use `module.compile()` in "
+            "place of `torch.compile(module)`"
+        )
     missing = signature.missing(*wanted)
     if missing:
         raise UnsupportedError(f"{signature.what} does not take {', '.join(missing)}{_versions()}")
@@ -102,6 +122,6 @@ def _check(called: nn.Module | Callable[..., Any], wanted: Iterable[Argument[Any
 def _versions() -> str:
     known = library("transformers")
     return (
-        f"; found transformers {known.found}, tested {known.oldest} to {known.newest}: install "
+        f"; found transformers {known.found}, tested {known.span}: install "
         f"'{known.requirement}', and see `tokenprune doctor`"
     )

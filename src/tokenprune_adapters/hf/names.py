@@ -61,7 +61,12 @@ class Argument(Generic[T]):
         call.kwargs[name or taken] = value
 
     def __str__(self) -> str:
-        return " (before: ".join(self.names) + ")" * (len(self.names) - 1)
+        return names_of(self)
+
+
+def names_of(known: Argument[Any] | Field[Any]) -> str:
+    """The name of an argument or field, and what it was before, for messages."""
+    return " (before: ".join(known.names) + ")" * (len(known.names) - 1)
 
 
 class Call:
@@ -138,7 +143,9 @@ class Signature:
     def of(cls, called: nn.Module | Callable[..., Any]) -> Signature:
         """The signature of a module's forward, or of a bound method."""
         function = called.forward if isinstance(called, nn.Module) else called
-        what = type(called).__name__ if isinstance(called, nn.Module) else called.__name__
+        what = type(called).__name__
+        if not isinstance(called, nn.Module):
+            what = getattr(called, "__name__", what)  # partial functions have none
         parameters = inspect.signature(function).parameters.values()
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -173,7 +180,10 @@ def calls_of(module: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], C
 
 
 class Field(Generic[T]):
-    """Field of an output, under the first of its names that the output's class has."""
+    """Field of an output, under the first of its names that the output's class has.
+
+    It may hold None, but a class that has it under no name is an error.
+    """
 
     def __init__(self, *names: str) -> None:
         self.names = names
@@ -185,7 +195,17 @@ class Field(Generic[T]):
 
     def __get__(self, output: Output, owner: type) -> T | None:
         name = self.name_in(output.raw)
-        return None if name is None else getattr(output.raw, name)
+        if name is None:
+            raise self.missing_in(output.raw)
+        value: T | None = getattr(output.raw, name)
+        return value
+
+    def missing_in(self, raw: object) -> UnsupportedError:
+        """The error that says so."""
+        has = ", ".join(getattr(type(raw), "__dataclass_fields__", ())) or "no fields"
+        return UnsupportedError(
+            f"{type(raw).__name__} has no {names_of(self)}; it has {has}: see `tokenprune doctor`"
+        )
 
 
 class Output:
@@ -220,11 +240,13 @@ class Output:
         Args:
             fields: values by the names of the attributes of this class.
         """
-        named = {
-            name: value
-            for field, value in fields.items()
-            if (name := vars(Output)[field].name_in(self.raw)) is not None
-        }
+        named = {}
+        for attribute, value in fields.items():
+            field: Field[Any] = vars(Output)[attribute]
+            name = field.name_in(self.raw)
+            if name is None:
+                raise field.missing_in(self.raw)
+            named[name] = value
         return with_fields(self.raw, named)
 
     def show(self, shown: Callable[[Tensor], Tensor]) -> Any:
@@ -234,7 +256,10 @@ class Output:
         the encoder, the very object that `generate` hands to later calls.
         """
         fields: dict[str, Any] = {}
-        for field in self.shown:
+        images, videos = self.shown  # of which models for pictures alone have the first
+        if images.name_in(self.raw) is None:
+            raise images.missing_in(self.raw)
+        for field in (images, videos):
             name = field.name_in(self.raw)
             given: Any = None if name is None else getattr(self.raw, name)
             if name is None or given is None:

@@ -74,7 +74,7 @@ class ShortenedLayer(DynamicLayer):  # type: ignore[misc]
         return length - self.state.offset, start + self.state.offset
 
     def crop(self, tokens_to_remove: int) -> None:
-        # transformers < 5.16 also passes the length to be left, as a positive number.
+        # On transformers 5.19 a positive number is the length to be left.
         removed = (
             -tokens_to_remove if tokens_to_remove <= 0 else self.get_seq_length() - tokens_to_remove
         )

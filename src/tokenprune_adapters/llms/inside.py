@@ -33,6 +33,7 @@ from tokenprune.tokens import VisualTokens
 
 from ..hf.anatomy import attention_of
 from ..hf.attention import Asked, ReadAttention, Reader
+from ..hf.checks import check_ranking
 from ..hf.names import calls_of
 from .attention_rows import Prompts, last_rows, text_rows
 from .cache import Shortened, state_of
@@ -284,6 +285,7 @@ class RefuseCandidates(NotCopyable):
     """
 
     def __init__(self, model: nn.Module) -> None:
+        check_ranking(model)
         self.calls = calls_of(model)
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from tokenprune.strategy import Stage
 
 from ..anyres import NEWLINE, Packing
 from ..hf.anatomy import Anatomy
-from ..hf.checks import Encoders, check_model
+from ..hf.checks import Encoders, check_method, check_model
 from ..hf.chunked_prefill import lost_images_guard
 from ..hf.names import Call, Output, Signature
 from ..llms.images import Images
@@ -56,6 +56,7 @@ class LlavaNextAdapter(ModelAdapter):
         check_placement(model, placement)
         parts = Anatomy.of(model)
         check_model(parts, placement, _ENCODERS)
+        check_method(parts, "pack_image_features", Call.sizes, Call.select)
         (tower,) = parts.towers
         provided = tower_adapter(tower).provides(tower)
         check_select_strategy(parts, has_cls=ClsAttention in provided)

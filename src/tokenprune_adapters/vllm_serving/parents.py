@@ -45,7 +45,7 @@ def check_parents(version: tuple[Any, ...], *classes: type) -> None:
     """
     known = library("vllm")
     found = ".".join(map(str, version[:3]))
-    tested = f"tested: {known.oldest} to {known.newest}"
+    tested = f"tested: {known.span}"
     changed = [each for ours in classes for each in _changed(ours)]
     if changed:
         raise UnsupportedError(

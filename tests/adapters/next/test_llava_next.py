@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import tokenprune
 from support.llava_next import (
@@ -20,12 +19,8 @@ from support.llava_next import (
     prompts,
     tiny_llava_next,
 )
+from tokenprune import UnsupportedError
 from tokenprune_adapters.anyres import NEWLINE, Packing
-
-pytestmark = pytest.mark.skipif(
-    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19),
-    reason="below 5.19 the adapter refuses: transformers mixes up images there",
-)
 
 STEPS = 4
 
@@ -226,3 +221,17 @@ def test_a_method_that_somebody_replaced_is_refused(model: Any) -> None:
             tokenprune.attach(model, "cls-attention | evict(5)")
     finally:
         del core.__dict__["get_image_features"]
+
+
+def test_a_model_that_packs_in_another_way_is_refused_when_attaching() -> None:
+    model: Any = tiny_llava_next()
+    spec = "cls-attention | evict(4) @ before-llm"
+
+    def pack_image_features(features: Any, sizes: Any, how: Any, newline: Any) -> None: ...
+
+    model.model.pack_image_features = pack_image_features
+    with pytest.raises(UnsupportedError, match="pack_image_features does not take image_sizes, v"):
+        tokenprune.attach(model, spec)
+    model.model.pack_image_features = None
+    with pytest.raises(UnsupportedError, match="LlavaNextModel has no pack_image_features; found"):
+        tokenprune.attach(model, spec)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -15,11 +14,6 @@ from support.inside_oracle import Cut, evict, say
 from support.llava import Answer, generate
 from support.llava_next import SIZES, Picture, Prompt, collate, prompts, tiny_llava_next
 from support.next_inside import RecomputePacked
-
-pytestmark = pytest.mark.skipif(
-    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19),
-    reason="below 5.19 the adapter refuses: transformers mixes up images there",
-)
 
 STEPS = 4
 NAMES = {"last": "fastv", "text": "fastv(queries='text')", "cls": "cls-attention(layers=1)"}

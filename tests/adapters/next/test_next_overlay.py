@@ -7,17 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import tokenprune
 from support.llava_next import PATCH, SIDE, SIZES, Picture, Prompt, collate, kept, tiny_llava_next
 from tokenprune.cli.drawing import Seen
 from tokenprune.cli.loading import Loaded
-
-pytestmark = pytest.mark.skipif(
-    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19),
-    reason="below 5.19 the adapter refuses: transformers mixes up images there",
-)
 
 GRAY = (128, 128, 128)
 

@@ -40,7 +40,7 @@ OURS = {"cache"}
 
 
 def spelled(source: str) -> Iterator[tuple[int, str]]:
-    """Lines and names of transformers in strings, attributes and keywords of `source`."""
+    """Lines and names of transformers in strings, attributes, keywords and parameters."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and node.value in NAMES:
             yield node.lineno, str(node.value)
@@ -48,6 +48,10 @@ def spelled(source: str) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.attr
         elif isinstance(node, ast.keyword) and node.arg in NAMES - OURS:
             yield node.value.lineno, str(node.arg)
+        elif isinstance(node, ast.arg) and node.arg in NAMES - OURS:
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.MatchClass):
+            yield from ((node.lineno, name) for name in node.kwd_attrs if name in NAMES - OURS)
 
 
 def guarded() -> list[Path]:
@@ -80,6 +84,11 @@ def test_the_guard_sees_adapters_and_knows_names() -> None:
         "tower(pixel_values=x)",
         'getattr(output, "cache", None)',
         'NEEDED = ("hidden_states",)',
+        'kwargs |= {"position_ids": x}',
+        'setattr(output, f"pooler_output", x)',
+        "tower = lambda pixel_values, **rest: rest",
+        "match output:\n        case x(last_hidden_state=found): pass",
+        'match kwargs:\n        case {"use_cache": found}: pass',
     ],
 )
 def test_the_guard_can_fail(planted: str) -> None:
