@@ -55,6 +55,14 @@ class Segment:
         every = torch.ones_like(self.sample, dtype=torch.bool)
         return every.cumsum(1) - 1 - before_sample(every, self.sample)
 
+    def is_emptied_by(self, drop: Tensor) -> bool:
+        """Whether a conversation would have no slot left without `(batch, queries)` bool `drop`."""
+        real = torch.ones_like(drop) if self.real is None else self.real
+        of = torch.zeros_like(self.place) if self.sample is None else self.sample.clamp(min=0)
+        none = of.new_zeros(of.shape[0], int(of.max()) + 1)
+        before, left = (none.scatter_add(1, of, each.long()) for each in (real, real & ~drop))
+        return bool(((before > 0) & (left == 0)).any())
+
 
 @dataclass(frozen=True, eq=False)
 class Slots:
