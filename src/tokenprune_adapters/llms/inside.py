@@ -28,7 +28,6 @@ from tokenprune.placement import AfterLayer
 from tokenprune.plan import Plan
 from tokenprune.report import Record
 from tokenprune.signals import LastQueryAttention, Signal, Signals, TextQueryAttention
-from tokenprune.spec import shown
 from tokenprune.strategy import Reduction, Stage
 from tokenprune.tokens import VisualTokens
 
@@ -113,19 +112,14 @@ class ReduceInside(NotCopyable):
         plan = reduction.plan
         self.record.decided(reduction, run.origins)
         run.counts[start] = plan.lengths
-        drop = None
-        if plan.weights is not None:
+        merges, drop = plan.weights is not None, None
+        if merges:
             run.merges[start] = seats, plan
-        if plan.weights is not None or not _keeps_all(plan, run.counts):
+        if merges or not _keeps_all(plan, run.counts):
             drop = seats.dropped(plan)
-            if 0 in plan.lengths and previous.is_emptied_by(drop):
-                raise UnsupportedError(
-                    f"{shown(self.stages[start])!r} leaves nothing of a prompt, or of a "
-                    "conversation in a row of several, that holds visual tokens alone; keep at "
-                    "least 1, or put text beside them"
-                )
-        segment = self._segment(run, start, previous, drop)
-        run.segments[start] = segment
+            if 0 in plan.lengths:
+                previous.check_left(drop, self.stages[start])
+        segment = run.segments[start] = self._segment(run, start, previous, drop)
         if segment.layout is not None:
             run.images = images.through(segment.layout)
 
