@@ -282,7 +282,8 @@ def test_other_feature_layers_in_a_call_are_refused_where_several_are_configured
     model = tiny_llava(feature_layer=[-3, -2])
     inputs = collate(prompts())
     with torch.no_grad(), tokenprune.attach(model, spec(4)):
-        model(**inputs, vision_feature_layer=[-3, -2])  # as configured
+        for configured in ([-3, -2], (-3, -2)):
+            model(**inputs, vision_feature_layer=configured)
         with pytest.raises(UnsupportedError, match="not those of the configured vision_feature_la"):
             model(**inputs, vision_feature_layer=asked)
         with pytest.raises(UnsupportedError, match="not those of the configured vision_feature_la"):

@@ -296,6 +296,19 @@ def test_prompts_that_were_shortened_are_refused() -> None:
                 llava.generate(model, LLAVA.collate(batch), 1)
 
 
+@pytest.mark.parametrize("layer", [1, 2])
+@torch.no_grad()
+def test_prompts_that_are_shortened_by_a_later_hook_are_refused(layer: int) -> None:
+    """Watched first, attached then: a layer is shortened after watching has looked at it."""
+    model, inputs = LLAVA.build(), LLAVA.collate(LLAVA.prompts())
+    with (
+        tokenprune.watch(model),
+        tokenprune.attach(model, f"fastv | evict(4) @ after-layer({layer})"),
+        pytest.raises(AttachError, match="visual tokens were taken from this prompt"),
+    ):
+        model(**inputs)
+
+
 def test_another_turn_is_refused() -> None:
     model, inputs = LLAVA.build(), LLAVA.collate(LLAVA.prompts()[:1])
     with tokenprune.watch(model), torch.no_grad():

@@ -88,7 +88,8 @@ def text_rows(asked: Asked, prompts: Prompts, images: Images, seats: Seats) -> T
     text = prompts.real & ~in_image & (in_image.cumsum(1) > 0)
     last = prompts.last()
     ends = (numbers[:, None] == last[:, None, :]).any(-1)
-    queries = Layout.of(text | ends)
+    # Rows with fewer conversations than others have a filler for the last token of the rest.
+    queries = Layout.of(text | (ends & prompts.real))
     rows = asked.rows(queries.index, prompts.visible(queries.index, asked.key.shape[2]))
     if queries.valid is not None:
         # A filler may be padding, which attends to nothing: NaN.

@@ -113,13 +113,14 @@ class ReduceInside(NotCopyable):
         plan = reduction.plan
         self.record.decided(reduction, run.origins)
         run.counts[start] = plan.lengths
-        drop = None
-        if plan.weights is not None:
+        merges, drop = plan.weights is not None, None
+        if merges:
             run.merges[start] = seats, plan
-        if plan.weights is not None or not _keeps_all(plan, run.counts):
+        if merges or not _keeps_all(plan, run.counts):
             drop = seats.dropped(plan)
-        segment = self._segment(run, start, previous, drop)
-        run.segments[start] = segment
+            if 0 in plan.lengths:
+                previous.check_left(drop, self.stages[start])
+        segment = run.segments[start] = self._segment(run, start, previous, drop)
         if segment.layout is not None:
             run.images = images.through(segment.layout)
 

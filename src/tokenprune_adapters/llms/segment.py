@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedError
 from tokenprune.placement import Positions
+from tokenprune.spec import shown
+from tokenprune.strategy import Stage
 
 from ..hf.anatomy import attention_of
 from ..layout import Layout, before_sample, causal_mask
@@ -54,6 +56,23 @@ class Segment:
             return None
         every = torch.ones_like(self.sample, dtype=torch.bool)
         return every.cumsum(1) - 1 - before_sample(every, self.sample)
+
+    def check_left(self, drop: Tensor, stage: Stage) -> None:
+        """Refuse to leave nothing of a conversation.
+
+        Args:
+            drop: `(batch, queries)` bool, what is left out.
+            stage: what leaves it out, for the message.
+        """
+        real = torch.ones_like(drop) if self.real is None else self.real
+        of = torch.zeros_like(self.place) if self.sample is None else self.sample.clamp(min=0)
+        none = of.new_zeros(of.shape[0], int(of.max()) + 1)
+        before, left = (none.scatter_add(1, of, each.long()) for each in (real, real & ~drop))
+        if bool(((before > 0) & (left == 0)).any()):
+            raise UnsupportedError(
+                f"{shown(stage)!r} leaves nothing of a prompt, or of a conversation in a row of "
+                "several, that holds visual tokens alone; keep at least 1, or put text beside them"
+            )
 
 
 @dataclass(frozen=True, eq=False)

@@ -109,9 +109,8 @@ def _refuse_layers(
     parts: Anatomy, signature: Signature, call: Callable[[], Any], arguments: Mapping[str, Any]
 ) -> Any:
     asked = Call(signature, (), dict(arguments)).feature_layer
-    if asked is not None and tuple(asked if isinstance(asked, list) else [asked]) != (
-        parts.feature_layers
-    ):
+    layers = tuple(asked) if isinstance(asked, (list, tuple)) else (asked,)
+    if asked is not None and layers != parts.feature_layers:
         raise other_layer()
     return call()
 

@@ -170,6 +170,9 @@ class _BeforeLayer(NotCopyable):
             raise _unread(layer)
 
         def read(asked: Asked) -> None:
+            # Hooks that were installed later have shortened what this layer computes.
+            if asked.query.shape[2] != prompts.real.shape[1]:
+                raise _shortened()
             device = asked.key.device
             row, column = pictures.row.to(device), pictures.column.to(device)
             first = asked.key.shape[2] - prompts.real.shape[1]

@@ -14,7 +14,7 @@ from torch import Tensor
 import tokenprune
 from support import llava_next, video_llava
 from support.flash import flash_attention
-from support.llava import BOS, IMAGE, PATCHES, Row, picture, tiny_llava
+from support.llava import BOS, IMAGE, PATCHES, Row, collate, picture, tiny_llava
 from tokenprune import UnsupportedError
 
 from ..conftest import MakeLlava
@@ -90,6 +90,49 @@ def test_rows_of_a_batch_are_packed_each_in_its_own_way(llava: MakeLlava, spec: 
     with torch.no_grad(), tokenprune.attach(model, spec):
         got = model(**joined, use_cache=False).logits
     torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("queries", ["last", "text"])
+@torch.no_grad()
+def test_rows_with_fewer_conversations_are_ranked_too(llava: MakeLlava, queries: str) -> None:
+    """The second stage ranks beside fillers: they stand where a row has no third conversation."""
+    model = llava()
+    spec = (
+        f"fastv | evict(3) @ after-layer(1); fastv(queries={queries!r}) | evict(2) @ after-layer(2)"
+    )
+    one = [Row([7, picture(1), picture(2), 8]), Row([9, picture(3), 9])]
+    width = sum(len(row.ids) for row in one)
+    rows = [Row([BOS, picture(4), 9]), TEXT, Row([picture(5), 31])]
+    other = [*rows, Row([BOS, *range(40, 39 + width - sum(len(row.ids) for row in rows))])]
+    wanted = torch.stack([apart(model, spec, each) for each in (one, other)])
+    inputs = [packed(each) for each in (one, other)]
+    names = ("input_ids", "position_ids", "pixel_values")
+    both = {name: torch.cat([each[name] for each in inputs]) for name in names}
+    with tokenprune.attach(model, spec):
+        got = model(**both, use_cache=False).logits
+    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "uniform | evict(0) @ after-layer(1)",
+        "cls-attention | evict(4) @ before-llm; uniform | evict(0) @ after-layer(2)",
+    ],
+)
+@torch.no_grad()
+def test_what_would_be_left_without_a_token_is_refused(llava: MakeLlava, spec: str) -> None:
+    """Its slots would show states of the conversation beside it, or of a filler."""
+    model, bare = llava(), Row([picture(4), picture(5)])
+    together = packed([FIRST, bare, TEXT])
+    masked = collate([FIRST, bare])
+    with tokenprune.attach(model, spec):
+        for inputs in (together, alone(bare), masked):
+            with pytest.raises(UnsupportedError, match="leaves nothing of a prompt, or of a conv"):
+                model(**inputs)
+        model(**packed([FIRST, Row([*bare.parts, 5]), TEXT]))
+    with tokenprune.attach(model, spec.replace("evict(0)", "evict(1)")):
+        model(**together)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
