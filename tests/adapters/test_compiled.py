@@ -48,3 +48,17 @@ def test_an_attached_model_can_be_compiled() -> None:
         wanted = model(**inputs).logits
         compiled = torch.compile(model, backend="eager")
         torch.testing.assert_close(compiled(**inputs).logits, wanted, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_prompts_of_other_lengths_follow() -> None:
+    """From the second length on, torch.compile traces with lengths that it does not know."""
+    model, short, long = tiny_llava(layers=(2, 1)), prompts()[:1], prompts()[1:2]
+    with tokenprune.attach(model, "random | evict(9)") as attachment:
+        compiled = torch.compile(model, backend="eager")
+        for batch in (short, long):
+            inputs = collate(batch)
+            wanted, bytes_ = model(**inputs).logits, attachment.report.kv_bytes
+            got = compiled(**inputs).logits
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+            assert attachment.report.kv_bytes == bytes_

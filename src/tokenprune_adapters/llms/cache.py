@@ -179,7 +179,8 @@ def stored_bytes(cache: Cache | None) -> tuple[int, int]:
     if any(type(layer) not in (DynamicLayer, ShortenedLayer) for layer in layers):
         return 0, 0
     for layer in layers:
-        size = layer.keys.nbytes + layer.values.nbytes
+        # Not `nbytes`, which torch.compile cannot trace where lengths vary.
+        size = sum(each.numel() * each.element_size() for each in (layer.keys, layer.values))
         stored += size
         slots = layer.keys.shape[-2]
         vanilla += size * int(layer.get_seq_length()) // slots if slots else 0
