@@ -189,3 +189,22 @@ def test_watching_reads_the_last_token_of_each_conversation(llava: MakeLlava) ->
             model(**alone(row))
             each.append(seen.steps[0])
     torch.testing.assert_close(together, torch.cat(each), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [True, False], ids=["a mask", "neither"])
+def test_watching_takes_no_seams_from_positions_beside_a_mask(
+    llava: MakeLlava, masked: bool
+) -> None:
+    """As in the model itself, whose full maps say what the last token of the row attends to."""
+    model, inputs = llava("eager"), packed([FIRST, SECOND])
+    if masked:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with tokenprune.watch(model) as seen:
+        model(**inputs)
+    maps = model(**inputs, output_attentions=True).attentions
+    across = torch.stack(maps, 1).mean(2)[0, :, -1]  # (layers, slots)
+    columns = (inputs["input_ids"][0] == IMAGE).nonzero().reshape(3, PATCHES)
+    wanted = across[:, columns].transpose(0, 1)
+    same = torch.isclose(seen.steps[0], wanted, rtol=0, atol=1e-6).flatten(1).all(1)
+    assert same.tolist() == [masked, True, True]  # alone, the first picture has its own last token
