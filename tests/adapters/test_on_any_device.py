@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 import tokenprune
 from support.llava import Row, collate, generate, picture, prompts, tiny_llava
@@ -91,3 +92,13 @@ def test_what_is_known_is_brought_to_the_prints() -> None:
     store.put(features, Signals({ClsAttention(1): torch.rand(2, 1, 1, 3, device=META)}))
     with pytest.raises(NotImplementedError, match="out of meta"):
         store.get(feature_prints(features))
+
+
+@pytest.mark.parametrize(
+    "valid", [None, torch.ones(2, 3, dtype=torch.bool)], ids=["full", "ragged"]
+)
+def test_numbers_of_beams_are_brought_to_the_layers(valid: Tensor | None) -> None:
+    """They come on one device, while layers may sit on several."""
+    state = Shortened(1, valid, torch.zeros(2, dtype=torch.int64), 0)
+    with pytest.raises(NotImplementedError, match="out of meta"):
+        state.select(torch.tensor([1, 0], device=META))

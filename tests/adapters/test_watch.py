@@ -282,6 +282,19 @@ def test_generation_that_cannot_be_told_is_refused(options: dict[str, Any], word
         llava.generate(model, inputs, STEPS, eos_token_id=999, **options)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["4-D", "dict"])
+def test_masks_that_do_not_tell_padding_are_refused(kind: str) -> None:
+    model, inputs = LLAVA.build(), LLAVA.collate(LLAVA.prompts())
+    width = inputs["input_ids"].shape[1]
+    causal = torch.ones(3, 1, width, width, dtype=torch.bool).tril()
+    inputs["attention_mask"] = causal if kind == "4-D" else {"full_attention": causal}
+    got = r"\(3, 1, 41, 41\)" if kind == "4-D" else "dict"
+    words = rf"must have axes \(batch tokens\) = \(3, 41\) to watch .* got {got}; static caches"
+    with tokenprune.watch(model), pytest.raises(UnsupportedError, match=words):
+        model(**inputs)
+
+
 def test_prompts_that_were_shortened_are_refused() -> None:
     model = LLAVA.build()
     # Beside a longer text, the batch keeps its length.
