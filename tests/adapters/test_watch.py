@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 import tokenprune
 from adapters.conftest import leftovers
 from support import llava, llava_next, video_llava
+from support.flash import flash_attention
 from tokenprune import Attended, UnsupportedError
 from tokenprune.errors import AttachError, MissingSignalError, ShapeError
 
@@ -201,6 +202,15 @@ def test_right_padding_and_no_cache() -> None:
         with tokenprune.watch(model) as seen, torch.no_grad():
             model(**inputs, use_cache=use_cache)
         check(seen, wanted(LLAVA, batch, inputs, torch.zeros(3, 1, dtype=torch.int64)))
+
+
+def test_padding_is_no_key_where_the_kernel_gets_no_full_mask() -> None:
+    """FlashAttention is told of padding only, so the rows are read without its help."""
+    model, batch = LLAVA.build(), LLAVA.prompts()
+    inputs = LLAVA.collate(batch)
+    with flash_attention(model), tokenprune.watch(model) as seen:
+        text = llava.generate(model, inputs, STEPS, **WORDS).text
+    check(seen, wanted(LLAVA, batch, inputs, text))
 
 
 @torch.no_grad()

@@ -122,6 +122,19 @@ def test_the_loss_is_the_mean_of_the_conversations_alone(llava: MakeLlava, spec:
     torch.testing.assert_close(together, summed / counted, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("spec", [BEFORE[0], INSIDE[1]])
+def test_under_gradient_checkpointing_there_is_no_cache(spec: str) -> None:
+    """Models make none then, whatever their config says, so positions tell seams."""
+    model, inputs = tiny_llava().train(), packed([FIRST, SECOND])
+    with tokenprune.attach(model, spec):
+        wanted = model(**inputs).logits
+        del inputs["use_cache"]
+        assert (model(**inputs).logits - wanted).abs().max() > 0.1  # with a cache, there are none
+        model.gradient_checkpointing_enable()
+        got = model(**inputs).logits
+    assert torch.equal(got, wanted)
+
+
 def test_positions_and_seams_of_a_shortened_row() -> None:
     """Reindexed positions start anew in each conversation, too."""
     model = tiny_llava()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -78,6 +79,30 @@ def test_missing_arguments_are_named_with_their_older_names() -> None:
 def test_a_plain_tuple_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="plain tuple cannot be read; leave return_dict"):
         Output((torch.zeros(1),))
+
+
+@dataclass
+class Older:
+    """An output up to 5.23, where image features are a field of their own."""
+
+    image_hidden_states: Any
+    video_hidden_states: Any = None
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_features_of_each_image_are_shown_in_a_copy(kind: type[Any]) -> None:
+    """Models whose images differ in size have a list of them; the output itself stays as it is."""
+    raw = Older(kind([torch.zeros(2), torch.zeros(3)]))
+    shown = Output(raw).show(lambda features: features + 1)
+    assert type(shown.image_hidden_states) is kind
+    assert [each.tolist() for each in shown.image_hidden_states] == [[1, 1], [1, 1, 1]]
+    assert [each.tolist() for each in raw.image_hidden_states] == [[0, 0], [0, 0, 0]]
+    assert shown.video_hidden_states is None
+
+
+def test_an_output_without_features_is_handed_on() -> None:
+    raw = Older(None)
+    assert Output(raw).show(torch.neg) is raw
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["by name", "by position"])
