@@ -251,6 +251,19 @@ def test_the_latest_prompts_are_told() -> None:
             _ = seen.places
 
 
+@torch.no_grad()
+def test_passes_of_the_language_model_alone_are_not_told() -> None:
+    model, inputs = LLAVA.build(), LLAVA.collate(LLAVA.prompts())
+    llm = model.model.language_model
+    embeds = llm.get_input_embeddings()(inputs["input_ids"])
+    stock = llm(inputs_embeds=embeds).last_hidden_state
+    with tokenprune.watch(model) as seen:
+        model(**inputs)
+        told = seen.steps
+        assert torch.equal(llm(inputs_embeds=embeds).last_hidden_state, stock)
+    assert torch.equal(seen.steps, told)
+
+
 def test_half_precision_rows_are_float32() -> None:
     model = LLAVA.build().to(torch.bfloat16)
     inputs = LLAVA.collate(LLAVA.prompts())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune
-from support.llava import collate, prompts, spec, tiny_llava
+from support.llava import IMAGE, collate, prompts, spec, tiny_llava
 from support.outputs import cache_argument, cache_of, shown_features
 from tokenprune import UnsupportedError
 from tokenprune_adapters.hf.anatomy import Anatomy
@@ -117,6 +117,24 @@ def test_a_mask_by_position_counts(llava: MakeLlava, named: bool) -> None:
         assert "attention_mask" in order[:3]
         got = core(**inputs) if named else core(*args)
     assert torch.equal(got.last_hidden_state, wanted)
+
+
+@torch.no_grad()
+def test_embeddings_by_position_count(llava: MakeLlava) -> None:
+    """The language model, too, may be called with its arguments in order."""
+    model, inputs = llava(), collate(prompts())
+    llm, ids = model.model.language_model, inputs["input_ids"]
+    order = Signature.of(llm).order
+    with tokenprune.attach(model, spec(4)):
+        features = torch.cat(list(model.get_image_features(inputs["pixel_values"]).pooler_output))
+        embeds = llm.get_input_embeddings()(ids)
+        embeds[ids == IMAGE] = features
+        named = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+        wanted = llm(**named).last_hidden_state
+        args = tuple(named.get(name) for name in order[: order.index("inputs_embeds") + 1])
+        got = llm(*args).last_hidden_state
+    assert embeds.isneginf().any()
+    assert torch.equal(got, wanted)
 
 
 @torch.no_grad()
