@@ -1,7 +1,7 @@
 """What cannot be seen without an accelerator: hooks make tensors where the tensors of the call are.
 
 While `meta` is the default device, a tensor made without saying where cannot meet one on the CPU.
-A whole model of transformers runs so.
+A whole model of transformers runs so. What is to be brought from `meta` says that it cannot come.
 """
 
 from __future__ import annotations
@@ -46,6 +46,19 @@ def test_attached_models_work_where_they_are(llava: MakeLlava, stage: str, atten
     assert torch.equal(got.logits, wanted.logits)
 
 
+def test_positions_that_nobody_gives_are_made_where_the_prompt_is(llava: MakeLlava) -> None:
+    llm = llava().model.language_model
+    embeds = llm.get_input_embeddings()(torch.arange(1, 9)[None])
+    embeds[0, 3:5] = -torch.inf  # marks
+    with torch.no_grad(), tokenprune.attach(llava(), STAGES[0]):
+        wanted = llm(inputs_embeds=embeds).last_hidden_state
+        with META:
+            got = llm(inputs_embeds=embeds).last_hidden_state
+        assert torch.equal(got, wanted)
+        with pytest.raises(NotImplementedError, match="out of meta"):  # a mask is brought there
+            llm(inputs_embeds=embeds, attention_mask=torch.ones(1, 8, device=META))
+
+
 def test_watching_works_where_the_model_is(llava: MakeLlava) -> None:
     model = llava()
     with tokenprune.watch(model) as seen:
@@ -86,7 +99,6 @@ def test_masks_are_made_where_the_prompt_is(attention: str) -> None:
 
 
 def test_what_is_known_is_brought_to_the_prints() -> None:
-    """Two devices are not to be had here; what is on `meta` cannot come over, and says so."""
     features = torch.rand(2, 3, 4)
     store = SignalStore(torch.float32)
     store.put(features, Signals({ClsAttention(1): torch.rand(2, 1, 1, 3, device=META)}))
