@@ -65,6 +65,26 @@ def test_the_tail_is_kept_by_all_rows(keep: Tensor) -> None:
     assert tail == logical or not keep[:, logical - tail - 1].all()
 
 
+@given(keeps(), st.data())
+def test_a_dropped_slot_shows_nothing_of_an_earlier_conversation(
+    keep: Tensor, data: st.DataObject
+) -> None:
+    """Neither of an earlier one, as long as its own has kept anything, nor of another row."""
+    seams = data.draw(st.lists(st.booleans(), min_size=keep.numel(), max_size=keep.numel()))
+    sample = torch.tensor(seams).reshape(keep.shape).cumsum(1)
+    layout = Layout.of(keep, sample)
+    numbers = torch.arange(1, keep.numel() + 1).reshape(keep.shape)
+    back = layout.restore(layout.shorten(numbers))
+    assert torch.equal(back[keep], numbers[keep])
+    for row, slot in (~keep).nonzero().tolist():
+        own = (keep[row] & (sample[row] == sample[row, slot])).nonzero()[:, 0].tolist()
+        before = [each for each in own if each < slot]
+        if own:
+            assert back[row, slot] == numbers[row, before[-1] if before else own[0]]
+        else:
+            assert back[row, slot] in [0, *numbers[row].tolist()]
+
+
 @st.composite
 def valids(draw: st.DrawFn) -> tuple[Tensor | None, int, int, int]:
     batch, keys = draw(st.integers(1, 3)), draw(st.integers(1, 6))

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 import tokenprune
 from adapters.conftest import leftovers
 from support import llava, llava_next, video_llava
+from support.flash import flash_attention
 from tokenprune import Attended, UnsupportedError
 from tokenprune.errors import AttachError, MissingSignalError, ShapeError
 
@@ -203,6 +204,15 @@ def test_right_padding_and_no_cache() -> None:
         check(seen, wanted(LLAVA, batch, inputs, torch.zeros(3, 1, dtype=torch.int64)))
 
 
+def test_padding_is_no_key_where_the_kernel_gets_no_full_mask() -> None:
+    """FlashAttention is told of padding only, so the rows are read without its help."""
+    model, batch = LLAVA.build(), LLAVA.prompts()
+    inputs = LLAVA.collate(batch)
+    with flash_attention(model), tokenprune.watch(model) as seen:
+        text = llava.generate(model, inputs, STEPS, **WORDS).text
+    check(seen, wanted(LLAVA, batch, inputs, text))
+
+
 @torch.no_grad()
 def test_a_picture_after_a_text_that_is_cached() -> None:
     model, text = LLAVA.build(), torch.tensor([[llava.BOS, 41, 42]])
@@ -239,6 +249,19 @@ def test_the_latest_prompts_are_told() -> None:
         llava.generate(model, LLAVA.collate([none]), 2)
         with pytest.raises(MissingSignalError, match="no prompt with pictures has run"):
             _ = seen.places
+
+
+@torch.no_grad()
+def test_passes_of_the_language_model_alone_are_not_told() -> None:
+    model, inputs = LLAVA.build(), LLAVA.collate(LLAVA.prompts())
+    llm = model.model.language_model
+    embeds = llm.get_input_embeddings()(inputs["input_ids"])
+    stock = llm(inputs_embeds=embeds).last_hidden_state
+    with tokenprune.watch(model) as seen:
+        model(**inputs)
+        told = seen.steps
+        assert torch.equal(llm(inputs_embeds=embeds).last_hidden_state, stock)
+    assert torch.equal(seen.steps, told)
 
 
 def test_half_precision_rows_are_float32() -> None:
@@ -280,6 +303,19 @@ def test_generation_that_cannot_be_told_is_refused(options: dict[str, Any], word
     model, inputs = LLAVA.build(), LLAVA.collate([repeats])
     with tokenprune.watch(model), pytest.raises(UnsupportedError, match=words):
         llava.generate(model, inputs, STEPS, eos_token_id=999, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["4-D", "dict"])
+def test_masks_that_do_not_tell_padding_are_refused(kind: str) -> None:
+    model, inputs = LLAVA.build(), LLAVA.collate(LLAVA.prompts())
+    width = inputs["input_ids"].shape[1]
+    causal = torch.ones(3, 1, width, width, dtype=torch.bool).tril()
+    inputs["attention_mask"] = causal if kind == "4-D" else {"full_attention": causal}
+    got = r"\(3, 1, 41, 41\)" if kind == "4-D" else "dict"
+    words = rf"must have axes \(batch tokens\) = \(3, 41\) to watch .* got {got}; static caches"
+    with tokenprune.watch(model), pytest.raises(UnsupportedError, match=words):
+        model(**inputs)
 
 
 def test_prompts_that_were_shortened_are_refused() -> None:

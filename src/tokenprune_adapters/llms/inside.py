@@ -221,7 +221,6 @@ class ReduceInside(NotCopyable):
             segment.after,
             offset=segment.after.offset + previous.after.offset - previous.before.offset,
             moved=segment.after.moved + previous.after.moved - previous.before.moved,
-            tail=min(segment.after.tail, previous.after.tail),
         )
         return replace(segment, after=after)
 

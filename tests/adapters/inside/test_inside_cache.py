@@ -175,6 +175,18 @@ def test_cropping_goes_as_far_as_in_the_shortest_layer_or_nowhere(llava: Any) ->
         assert {layer.get_seq_length() for layer in cache.layers} == {inputs["input_ids"].shape[1]}
 
 
+def test_every_slot_after_the_images_can_be_cropped_and_not_one_more(llava: Any) -> None:
+    model, steps = llava(), 6
+    with tokenprune.attach(model, "uniform | evict(0) @ after-layer(1)"):
+        cache = generate(model, collate(prompts()), steps=steps).cache
+    length = cache.get_seq_length()
+    tail = 3 + steps - 1  # the shortest text after a picture, and what was said
+    with pytest.raises(UnsupportedError, match=f"crop {tail + 1} tokens .* shortened {tail} tok"):
+        cache.crop(-tail - 1)
+    cache.crop(-tail)
+    assert {layer.get_seq_length() for layer in cache.layers} == {length - tail}
+
+
 def test_another_attachment_cannot_continue_a_cache_with_other_layers(llava: Any) -> None:
     model, inputs = llava(), collate(prompts())
     with tokenprune.attach(model, *specs("original")):

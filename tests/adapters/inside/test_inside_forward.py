@@ -322,6 +322,22 @@ def test_features_of_unknown_origin(llava: Any) -> None:
         model(**inputs, mm_encoder_outputs={"image": encoded})
 
 
+@torch.no_grad()
+def test_random_scores_tell_pictures_of_unknown_origin_apart(llava: Any) -> None:
+    """By their features: two pictures of one batch keep other patches, twice the same ones."""
+    model = llava()
+    inputs = collate([Row([BOS, picture(seed), 11]) for seed in (1, 2)])
+    encoded = model.model.get_image_features(inputs.pop("pixel_values"))
+    with tokenprune.attach(model, "random | evict(4) @ after-layer(1)") as attachment:
+        kept = []
+        for _ in range(2):
+            model(**inputs, mm_encoder_outputs={"image": encoded})
+            kept.append(attachment.report.kept)
+    first, second = kept[0]
+    assert first != second
+    assert kept[0] == kept[1]
+
+
 def test_reduced_features_need_the_whole_model(llava: Any) -> None:
     model, inputs = llava(), collate(prompts()[:1])
     with tokenprune.attach(model, CLS, "cls-attention | evict(9) @ before-llm"):

@@ -209,6 +209,14 @@ def test_an_image_may_keep_nothing(llava: Any, share: float) -> None:
     check(reduced(model, *stages), greedy(model, prompts(), cuts, 4))
 
 
+@pytest.mark.parametrize("by", ["last", "text"])
+def test_an_image_of_one_token_is_asked_about_again(llava: Any, by: str) -> None:
+    model, scorer = llava(), {"last": "fastv", "text": "fastv(queries='text')"}[by]
+    stages = [f"{scorer} | evict(1) @ after-layer({layer})" for layer in (1, 2)]
+    cuts = [Cut(layer, evict(1, by)) for layer in (1, 2)]
+    check(reduced(model, *stages), greedy(model, prompts(), cuts, 4))
+
+
 @dataclass(frozen=True)
 class Odd(Reducer):
     """Keeps all of every other image of the batch, nothing of the rest."""

@@ -61,6 +61,20 @@ def test_scores_are_those_of_the_eager_map(
     assert (scores.sum(1) <= 1).all()
 
 
+@pytest.mark.parametrize("queries", ["last", "text"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_text_asks_no_later_text_where_the_kernel_gets_no_mask(
+    llava: Any, queries: str, attention: str
+) -> None:
+    """One prompt without padding: sdpa is causal by a flag."""
+    model, inputs = llava(attention), collate(prompts()[1:2])
+    stage = f"fastv(queries={queries!r}) | evict(4) @ after-layer(1)"
+    with tokenprune.attach(model, stage) as attachment, torch.no_grad():
+        model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
+    expected = wanted(maps(model, inputs)[0], inputs, queries)
+    torch.testing.assert_close(attachment.last.scores, expected, rtol=0, atol=1e-6)
+
+
 def test_scores_are_float32_in_a_bfloat16_model() -> None:
     model = tiny_llava().to(torch.bfloat16)
     inputs = collate(prompts()) | {"pixel_values": collate(prompts())["pixel_values"].bfloat16()}

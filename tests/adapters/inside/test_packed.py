@@ -166,6 +166,19 @@ def test_the_loss_is_the_mean_of_the_conversations_alone(llava: MakeLlava, spec:
     torch.testing.assert_close(together, summed / counted, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("spec", [BEFORE[0], INSIDE[1]])
+def test_under_gradient_checkpointing_there_is_no_cache(spec: str) -> None:
+    """Models make none then, whatever their config says, so positions tell seams."""
+    model, inputs = tiny_llava().train(), packed([FIRST, SECOND])
+    with tokenprune.attach(model, spec):
+        wanted = model(**inputs).logits
+        del inputs["use_cache"]
+        assert (model(**inputs).logits - wanted).abs().max() > 0.1  # with a cache, there are none
+        model.gradient_checkpointing_enable()
+        got = model(**inputs).logits
+    assert torch.equal(got, wanted)
+
+
 def test_positions_and_seams_of_a_shortened_row() -> None:
     """Reindexed positions start anew in each conversation, too."""
     model = tiny_llava()
@@ -266,3 +279,22 @@ def test_conversations_with_tiles_and_videos(family: Any, spec: str) -> None:
         got = model(**whole, use_cache=False).logits[0]
         wanted = torch.cat([model(**inputs, use_cache=False).logits[0] for inputs in each])
     torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [True, False], ids=["a mask", "neither"])
+def test_watching_takes_no_seams_from_positions_beside_a_mask(
+    llava: MakeLlava, masked: bool
+) -> None:
+    """As in the model itself, whose full maps say what the last token of the row attends to."""
+    model, inputs = llava("eager"), packed([FIRST, SECOND])
+    if masked:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with tokenprune.watch(model) as seen:
+        model(**inputs)
+    maps = model(**inputs, output_attentions=True).attentions
+    across = torch.stack(maps, 1).mean(2)[0, :, -1]  # (layers, slots)
+    columns = (inputs["input_ids"][0] == IMAGE).nonzero().reshape(3, PATCHES)
+    wanted = across[:, columns].transpose(0, 1)
+    same = torch.isclose(seen.steps[0], wanted, rtol=0, atol=1e-6).flatten(1).all(1)
+    assert same.tolist() == [masked, True, True]  # alone, the first picture has its own last token

@@ -63,6 +63,10 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma2Config",
         {"head_dim": 8, "layer_types": ["full_attention"] * 3, "attn_logit_softcapping": 2.0},
     ),
+    "GPT-OSS, sinks": (
+        "GptOssConfig",
+        {"head_dim": 8, "layer_types": ["full_attention"] * 3, "num_local_experts": 4},
+    ),
     "Doge, masks of its own": ("DogeConfig", {"keep_window_size": 4, **ALL_HEADS}),
 }
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -127,8 +131,8 @@ def own_scores(model: Any, inputs: dict[str, Tensor], layer: int) -> Tensor:
 @pytest.mark.parametrize("layer", [1, 2])
 @pytest.mark.parametrize("name", SERVED)
 def test_rows_are_those_of_the_models_own_attention(name: str, layer: int) -> None:
-    # Gemma-2 has no sdpa.
-    attention = "eager" if name.startswith("Gemma-2") else "sdpa"
+    # Gemma-2 and GPT-OSS have no sdpa.
+    attention = "eager" if name.startswith(("Gemma-2", "GPT-OSS")) else "sdpa"
     model, inputs = tiny(*SERVED[name], attention), collate(prompts())
     wanted = own_scores(model, inputs, layer - 1)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import tokenprune
 from support.inside_oracle import Cut, evict, say
-from support.llava import Answer, generate
+from support.llava import IMAGE, Answer, generate
 from support.llava_next import SIZES, Picture, Prompt, collate, prompts, tiny_llava_next
 from support.next_inside import RecomputePacked
 
@@ -261,3 +261,12 @@ def test_features_of_unknown_origin_are_refused(model: Any) -> None:
         pytest.raises(tokenprune.MissingSignalError, match="did not come from the attached model"),
     ):
         model(**inputs, mm_encoder_outputs={"image": features})
+
+
+def test_a_placeholder_too_many_is_the_models_own_complaint(model: Any) -> None:
+    inputs = collate(prompts())
+    row, slot = (inputs["input_ids"] == IMAGE).nonzero()[-1].tolist()
+    inputs["input_ids"][row, slot + 1] = IMAGE
+    refused = pytest.raises(ValueError, match="Image features and image tokens do not match")
+    with tokenprune.attach(model, stage(1, 4, "last")), refused:
+        model(**inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune
-from support.llava import collate, prompts, spec, tiny_llava
+from support.llava import IMAGE, collate, prompts, spec, tiny_llava
 from support.outputs import cache_argument, cache_of, shown_features
 from tokenprune import UnsupportedError
 from tokenprune_adapters.hf.anatomy import Anatomy
@@ -80,6 +81,30 @@ def test_a_plain_tuple_is_refused() -> None:
         Output((torch.zeros(1),))
 
 
+@dataclass
+class Older:
+    """An output up to 5.23, where image features are a field of their own."""
+
+    image_hidden_states: Any
+    video_hidden_states: Any = None
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_features_of_each_image_are_shown_in_a_copy(kind: type[Any]) -> None:
+    """Models whose images differ in size have a list of them; the output itself stays as it is."""
+    raw = Older(kind([torch.zeros(2), torch.zeros(3)]))
+    shown = Output(raw).show(lambda features: features + 1)
+    assert type(shown.image_hidden_states) is kind
+    assert [each.tolist() for each in shown.image_hidden_states] == [[1, 1], [1, 1, 1]]
+    assert [each.tolist() for each in raw.image_hidden_states] == [[0, 0], [0, 0, 0]]
+    assert shown.video_hidden_states is None
+
+
+def test_an_output_without_features_is_handed_on() -> None:
+    raw = Older(None)
+    assert Output(raw).show(torch.neg) is raw
+
+
 @pytest.mark.parametrize("named", [True, False], ids=["by name", "by position"])
 def test_a_mask_by_position_counts(llava: MakeLlava, named: bool) -> None:
     """The core may be called with its arguments in order."""
@@ -92,6 +117,24 @@ def test_a_mask_by_position_counts(llava: MakeLlava, named: bool) -> None:
         assert "attention_mask" in order[:3]
         got = core(**inputs) if named else core(*args)
     assert torch.equal(got.last_hidden_state, wanted)
+
+
+@torch.no_grad()
+def test_embeddings_by_position_count(llava: MakeLlava) -> None:
+    """The language model, too, may be called with its arguments in order."""
+    model, inputs = llava(), collate(prompts())
+    llm, ids = model.model.language_model, inputs["input_ids"]
+    order = Signature.of(llm).order
+    with tokenprune.attach(model, spec(4)):
+        features = torch.cat(list(model.get_image_features(inputs["pixel_values"]).pooler_output))
+        embeds = llm.get_input_embeddings()(ids)
+        embeds[ids == IMAGE] = features
+        named = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+        wanted = llm(**named).last_hidden_state
+        args = tuple(named.get(name) for name in order[: order.index("inputs_embeds") + 1])
+        got = llm(*args).last_hidden_state
+    assert embeds.isneginf().any()
+    assert torch.equal(got, wanted)
 
 
 @torch.no_grad()

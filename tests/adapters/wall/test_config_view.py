@@ -19,7 +19,7 @@ from support.flash import flash_attention
 from support.llava import collate, prompts, tiny_llava
 from tokenprune import AttachError
 from tokenprune.testing.snapshot import Snapshot
-from tokenprune_adapters.hf.attention import ConfigView
+from tokenprune_adapters.hf.attention import Asked, ConfigView, ReadAttention
 
 from ..conftest import MakeLlava
 
@@ -153,6 +153,34 @@ def test_what_an_exception_left_behind_is_not_read(llava: MakeLlava) -> None:
         text = {"input_ids": torch.tensor([[1, 5, 6]])}
         model(**text)
         assert torch.equal(model(**inputs).logits, wanted)
+
+
+@torch.no_grad()
+def test_one_call_is_read_and_no_more(llava: MakeLlava) -> None:
+    model = llava()
+    layer, hidden = model.model.language_model.layers[1], torch.randn(1, 3, 32)
+    rotary = model.model.language_model.rotary_emb(hidden, torch.arange(3)[None])
+    reading = ReadAttention(layer)
+    seen: list[Asked] = []
+    handles = list(reading.install())
+    reading.ask(seen.append)
+    for _ in range(2):
+        layer.self_attn(hidden, position_embeddings=rotary, attention_mask=None)
+    for handle in handles:
+        handle.remove()
+    assert [asked.query.shape for asked in seen] == [(1, 4, 3, 8)]
+
+
+@torch.no_grad()
+def test_without_a_scale_of_its_own_an_attention_has_the_usual_one() -> None:
+    model, inputs = tiny_llava(), collate(prompts())
+    with tokenprune.attach(model, FASTV) as attachment:
+        wanted = model(**inputs).logits
+        scores = attachment.last.scores
+        for layer in model.model.language_model.layers:
+            layer.self_attn.scaling = None  # kernels divide by the root of the channels then
+        assert torch.equal(model(**inputs).logits, wanted)
+        torch.testing.assert_close(attachment.last.scores, scores, rtol=0, atol=1e-6)
 
 
 def test_a_view_is_not_copied(llava: MakeLlava) -> None:
