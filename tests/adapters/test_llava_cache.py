@@ -26,6 +26,7 @@ from support.llava import (
     spec,
 )
 from support.oracle import greedy_batch
+from support.outputs import cache_of
 from tokenprune import AttachError, UnsupportedError
 
 from .conftest import MakeLlava
@@ -218,6 +219,28 @@ def test_the_cache_of_an_attached_run_does_nothing_after_detach(llava: MakeLlava
     with tokenprune.attach(model, spec(4)):
         second = generate(model, inputs, past_key_values=first.cache)
     check(second, greedy_batch(model, continued(prompts(), first, TEXT), 4))
+
+
+@torch.no_grad()
+def test_the_cache_of_a_prefill_alone_is_refused_after_detach(llava: MakeLlava) -> None:
+    model = llava()
+    with tokenprune.attach(model, spec(4)):
+        cache = cache_of(model(**collate(prompts()), use_cache=True))
+    with pytest.raises(AttachError, match="attach again, or start a new cache"):
+        model(input_ids=torch.tensor([[5], [6], [7]]), past_key_values=cache)
+
+
+@BOTH_POSITIONS
+def test_a_turn_of_one_word_is_read_together_with_the_latest(
+    llava: MakeLlava, positions: str
+) -> None:
+    """Two queries behind a cache without padding, which are not causal by a flag."""
+    model, batch = llava(), prompts()[:1]
+    with tokenprune.attach(model, spec(4, positions)):
+        first = generate(model, collate(batch))
+        inputs = next_turn(collate(batch), first, [[51]])
+        second = generate(model, inputs, past_key_values=first.cache)
+    check(second, greedy_batch(model, continued(batch, first, [[51]]), 4, positions=positions))
 
 
 def test_reset_is_refused(llava: MakeLlava) -> None:

@@ -349,3 +349,21 @@ def test_a_picture_that_a_mask_hides_altogether(llava: MakeLlava) -> None:
     with torch.no_grad(), tokenprune.attach(model, "uniform | evict(4) @ after-layer(1)") as a:
         model(**inputs)
     assert a.last.plan.lengths == (0, 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hidden", ["dropped", "kept"])
+def test_a_mask_may_hide_what_was_dropped_but_not_what_was_kept(
+    llava: MakeLlava, hidden: str
+) -> None:
+    model, inputs = llava(), collate(prompts()[:1])
+    with tokenprune.attach(model, "uniform | evict(4)") as attachment:
+        wanted = model(**inputs).logits[:, -1]
+        kept = set(attachment.report.kept[0])
+        patch = min(kept if hidden == "kept" else set(range(PATCHES)) - kept)
+        inputs = hiding(slice(3 + patch, 4 + patch))
+        if hidden == "kept":
+            with pytest.raises(UnsupportedError, match="hides visual tokens that were kept"):
+                model(**inputs)
+        else:
+            assert torch.equal(model(**inputs).logits[:, -1], wanted)

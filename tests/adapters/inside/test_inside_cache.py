@@ -113,6 +113,21 @@ def test_a_turn_with_an_image_under_flash(llava: Any, positions: str) -> None:
 
 
 @POSITIONS
+def test_a_turn_of_one_word_is_read_together_with_the_latest(llava: Any, positions: str) -> None:
+    """Two queries behind a cache without padding: layers get a mask, for no flag says it."""
+    model, inputs, turn = llava(), collate(prompts()[:1]), [[51]]
+    rows = readers(model, positions)[:1]
+    with tokenprune.attach(model, *specs(positions)):
+        first = generate(model, inputs, steps=3)
+        second = generate(
+            model, next_turn(inputs, first, turn), steps=3, past_key_values=first.cache
+        )
+    say(rows, 1)
+    hear(rows, first, turn)
+    check(second, say(rows, 3))
+
+
+@POSITIONS
 def test_a_copied_cache_goes_its_own_way(llava: Any, positions: str) -> None:
     model, inputs = llava(), collate(prompts())
     with tokenprune.attach(model, *specs(positions)):

@@ -215,6 +215,17 @@ def test_an_image_of_one_token_is_asked_about_again(llava: Any, by: str) -> None
     stages = [f"{scorer} | evict(1) @ after-layer({layer})" for layer in (1, 2)]
     cuts = [Cut(layer, evict(1, by)) for layer in (1, 2)]
     check(reduced(model, *stages), greedy(model, prompts(), cuts, 4))
+    seen: list[Tensor] = []
+
+    def look(look: Look) -> Tensor:
+        seen.append(getattr(look, by))
+        return torch.eye(1)
+
+    with tokenprune.attach(model, *stages) as attachment, torch.no_grad():
+        model(**collate(prompts()))
+    greedy(model, prompts(), [cuts[0], Cut(2, look)], 1)
+    scores = attachment.last.scores
+    torch.testing.assert_close(scores, torch.stack(seen), rtol=0, atol=1e-6)
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,21 @@ def test_what_would_be_left_without_a_token_is_refused(llava: MakeLlava, spec: s
         model(**together)
 
 
+@pytest.mark.parametrize("spec", [BEFORE[0], INSIDE[0]])
+def test_one_row_may_be_packed_beside_one_that_is_not(llava: MakeLlava, spec: str) -> None:
+    model, two = llava(), [FIRST, TEXT]
+    one = [Row([*FIRST.parts, 16, 17, 18])]
+    each = [packed(rows) for rows in (two, one)]
+    joined = {
+        name: torch.cat([inputs[name] for inputs in each])
+        for name in ("input_ids", "position_ids", "pixel_values")
+    }
+    wanted = torch.stack([apart(model, spec, rows) for rows in (two, one)])
+    with torch.no_grad(), tokenprune.attach(model, spec):
+        got = model(**joined, use_cache=False).logits
+    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("where", ["before-llm", "after-layer(1)", "after-layer(2)"])
 def test_a_full_budget_changes_nothing(llava: MakeLlava, where: str, attention: str) -> None:

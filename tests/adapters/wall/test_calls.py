@@ -35,6 +35,15 @@ def test_an_argument_is_read_by_name_and_by_position() -> None:
     assert Call(SIGNATURE, (), {"hidden_states": one}).hidden is one
 
 
+def test_what_comes_by_name_alone_has_no_position() -> None:
+    def strange(hidden_states: Tensor, *more: Any, attention_mask: Any = None) -> None: ...
+
+    signature = Signature.of(strange)
+    assert signature.order == ("hidden_states",)
+    assert signature.names == {"hidden_states", "attention_mask"}
+    assert signature.required == ("hidden_states",)
+
+
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_each_name_of_an_argument_is_read_and_kept_when_written(name: str) -> None:
     call = Call(SIGNATURE, (), {name: "old"})
@@ -98,6 +107,12 @@ def test_features_of_each_image_are_shown_in_a_copy(kind: type[Any]) -> None:
     assert [each.tolist() for each in shown.image_hidden_states] == [[1, 1], [1, 1, 1]]
     assert [each.tolist() for each in raw.image_hidden_states] == [[0, 0], [0, 0, 0]]
     assert shown.video_hidden_states is None
+
+
+def test_features_of_videos_are_shown_without_pictures_too() -> None:
+    shown = Output(Older(None, torch.ones(2))).show(torch.neg)
+    assert shown.image_hidden_states is None
+    assert shown.video_hidden_states.tolist() == [-1, -1]
 
 
 def test_an_output_without_features_is_handed_on() -> None:

@@ -183,6 +183,19 @@ def test_without_a_scale_of_its_own_an_attention_has_the_usual_one() -> None:
         torch.testing.assert_close(attachment.last.scores, scores, rtol=0, atol=1e-6)
 
 
+@torch.no_grad()
+def test_the_last_who_reads_takes_the_view_away(llava: MakeLlava) -> None:
+    model, inputs = llava(), collate(prompts())
+    own = attention(model, 1).config
+    with tokenprune.watch(model) as seen:
+        attachment = tokenprune.attach(model, FASTV)
+        attachment.detach()
+        assert attention(model, 1).config is not own
+        model(**inputs)
+    assert seen.steps.shape[:3] == (1, 3, 3)
+    assert attention(model, 1).config is own
+
+
 def test_a_view_is_not_copied(llava: MakeLlava) -> None:
     model = llava()
     with tokenprune.attach(model, FASTV):
