@@ -359,7 +359,7 @@ def test_a_mask_may_hide_what_was_dropped_but_not_what_was_kept(
     model, inputs = llava(), collate(prompts()[:1])
     with tokenprune.attach(model, "uniform | evict(4)") as attachment:
         wanted = model(**inputs).logits[:, -1]
-        kept = set(attachment.report.kept[0])
+        kept = set(attachment.report.kept[0].patch)
         patch = min(kept if hidden == "kept" else set(range(PATCHES)) - kept)
         inputs = hiding(slice(3 + patch, 4 + patch))
         if hidden == "kept":
