@@ -39,12 +39,12 @@ class Packing:
     def of(cls, core: Any, sizes: Tensor, patches: int) -> Packing:
         """The packing of images of `(images, 2)` height and width by the model `core`."""
         crops = tuple(_crops(core, size) for size in sizes)
-        index = torch.arange(sum(crops) * patches).reshape(-1, patches, 1)
+        index = torch.arange(sum(crops) * patches, device="cpu").reshape(-1, patches, 1)
         packed, _ = core.pack_image_features(
             list(torch.split(index, list(crops))),
             sizes,
             "default",
-            torch.tensor([NEWLINE]),
+            torch.tensor([NEWLINE], device="cpu"),
         )
         return cls(tuple(each.squeeze(-1) for each in packed), crops, patches)
 
@@ -69,10 +69,10 @@ class Packing:
 
     def per_crop(self) -> Rows:
         """One row per crop: its patches that are packed, in raster order."""
-        present = torch.zeros(sum(self.crops) * self.patches, dtype=torch.bool)
+        present = torch.zeros(sum(self.crops) * self.patches, dtype=torch.bool, device="cpu")
         for source in self.sources:
             present[source[source != NEWLINE]] = True
-        numbers = torch.arange(present.shape[0]).reshape(-1, self.patches)
+        numbers = torch.arange(present.shape[0], device="cpu").reshape(-1, self.patches)
         origins = [
             Origin(image, crop=crop)
             for image, crops in enumerate(self.crops)

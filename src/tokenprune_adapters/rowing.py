@@ -42,8 +42,8 @@ class Rows:
     def of(cls, numbers: list[Tensor], patches: int, origins: Sequence[Origin]) -> Rows:
         """One row for each `(patches,)` int64, counted over all crops, and its origin."""
         index = pad_sequence(numbers, batch_first=True)
-        lengths = torch.tensor([len(each) for each in numbers])
-        mask = torch.arange(index.shape[1]) < lengths[:, None]
+        lengths = torch.tensor([len(each) for each in numbers], device=index.device)
+        mask = torch.arange(index.shape[1], device=index.device) < lengths[:, None]
         return cls(index, mask, patches, tuple(origins))
 
     def to(self, device: torch.device) -> Rows:

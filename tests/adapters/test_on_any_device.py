@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 import tokenprune
+from support import llava_next, video_llava
 from support.llava import Row, collate, generate, picture, prompts, tiny_llava
+from support.llava_next import tiny_llava_next
+from support.video_llava import tiny_video_llava
 from tokenprune import ClsAttention, Signals
 from tokenprune_adapters.llms.cache import Shortened
 from tokenprune_adapters.llms.images import feature_prints
@@ -44,6 +47,20 @@ def test_attached_models_work_where_they_are(llava: MakeLlava, stage: str, atten
         with META:
             got = generate(model, INPUTS, steps=2)
     assert torch.equal(got.logits, wanted.logits)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("family", ["next", "video"])
+def test_tiles_and_videos_are_counted_wherever_the_model_is(family: str, stage: str) -> None:
+    if family == "next":
+        model, inputs = tiny_llava_next(), llava_next.collate(llava_next.prompts())
+    else:
+        model, inputs = tiny_video_llava(), video_llava.collate(video_llava.prompts())
+    with tokenprune.attach(model, stage), torch.no_grad():
+        wanted = model(**inputs).logits
+        with META:
+            got = model(**inputs).logits
+    assert torch.equal(got, wanted)
 
 
 def test_positions_that_nobody_gives_are_made_where_the_prompt_is(llava: MakeLlava) -> None:

@@ -83,7 +83,8 @@ class Images:
             origins: what each image is; a picture, if nothing is said.
         """
         slots = tuple(map(len, places))
-        owners = torch.repeat_interleave(torch.arange(len(slots)), torch.tensor(slots))
+        numbers, counts = (torch.tensor(x, device="cpu") for x in (range(len(slots)), slots))
+        owners = torch.repeat_interleave(numbers, counts)
         held = torch.stack([owners, torch.cat(list(places))]).to(placeholders.device)
         rank = placeholders.flatten().cumsum(0).reshape(placeholders.shape) - 1
         image, place = held[:, rank.clamp(min=0, max=sum(slots) - 1)]

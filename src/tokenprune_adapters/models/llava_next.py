@@ -232,7 +232,7 @@ class _NotePlaces(NotCopyable):
 
 
 def _packing(parts: Anatomy, sizes: Any) -> Packing:
-    return Packing.of(parts.core, torch.as_tensor(sizes).cpu(), parts.patches)
+    return Packing.of(parts.core, torch.as_tensor(sizes, device="cpu"), parts.patches)
 
 
 def _without_newlines(features: Any, packing: Packing) -> list[Tensor]:

@@ -188,7 +188,9 @@ class _Passes(NotCopyable):
         """One row per video: the patches of its frames."""
         videos, frames = self._shape()
         patches = self.parts.patches
-        index = torch.arange(videos * frames * patches).reshape(videos, frames * patches)
+        index = torch.arange(videos * frames * patches, device="cpu").reshape(
+            videos, frames * patches
+        )
         origins = tuple(Origin(video, "video", patches=patches) for video in range(videos))
         return Rows(index, torch.ones_like(index, dtype=torch.bool), patches, origins)
 
@@ -196,7 +198,9 @@ class _Passes(NotCopyable):
         """One row per frame."""
         videos, frames = self._shape()
         patches = self.parts.patches
-        index = torch.arange(videos * frames * patches).reshape(videos * frames, patches)
+        index = torch.arange(videos * frames * patches, device="cpu").reshape(
+            videos * frames, patches
+        )
         origins = [Origin(v, "video", crop=frame) for v in range(videos) for frame in range(frames)]
         return Rows(index, None, patches, tuple(origins))
 
@@ -235,7 +239,7 @@ class _FindVisual:
                 raise _unknown_frames()
             frames = 1
         shared = frames if self.per == "image" else 1  # frames that share a budget
-        patches = torch.arange(self.parts.patches)
+        patches = torch.arange(self.parts.patches, device="cpu")
         cls = patches.new_full((_shown_cls(self.parts),), -1)
         each = [torch.cat([cls, patches + frame * len(patches)]) for frame in range(shared)]
         places, origins = [], []
