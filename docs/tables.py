@@ -59,7 +59,8 @@ def _row(each: Library) -> str:
         origin = f"`tokenprune-vlm[{each.extra}]`"
     else:
         origin = "`tokenprune-vlm`" if each.name == "torch" else "you"
-    return f"| {names} | {each.span} | {origin} | `make {each.tested}` |"
+    targets = ", ".join(f"`make {target}`" for target in each.tested)
+    return f"| {names} | {each.span} | {origin} | {targets} |"
 
 
 def with_versions(project: str) -> str:

