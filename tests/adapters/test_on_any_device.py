@@ -120,7 +120,7 @@ def test_what_is_known_is_brought_to_the_prints() -> None:
     store = SignalStore(torch.float32)
     store.put(features, Signals({ClsAttention(1): torch.rand(2, 1, 1, 3, device=META)}))
     with pytest.raises(NotImplementedError, match="out of meta"):
-        store.get(feature_prints(features))
+        store.get(feature_prints(features).tolist(), features.device)
 
 
 @pytest.mark.parametrize(

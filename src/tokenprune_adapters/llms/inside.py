@@ -100,9 +100,11 @@ class ReduceInside(NotCopyable):
         assert images is not None
         seats = self._seats(run, images)
         if not run.counts:
-            run.counts[0] = tuple(seats.mask.sum(1).tolist())
-            run.known = self.store.get(images.prints)
-            run.origins = self.store.originals(images)
+            asked = torch.stack([seats.mask.sum(1), images.prints, images.row])
+            counts, prints, rows = asked.tolist()  # one sync for all three
+            run.counts[0] = tuple(counts)
+            run.known = self.store.get(prints, hidden.device)
+            run.origins = self.store.originals(images, prints, rows)
         if seats.index.shape[1] == 0:  # an earlier stage has withdrawn them all
             run.counts[start] = (0,) * len(images.slots)
             run.segments[start] = self._segment(run, start, previous, None)

@@ -125,13 +125,19 @@ class SignalStore(NotCopyable):
         known = [each for each in found if each is not None]
         return known if len(known) == len(found) else []
 
-    def originals(self, images: Images) -> tuple[Origin | None, ...]:
-        """What each of `images` is; None for a copy of one that was encoded less often. One sync.
+    def originals(
+        self, images: Images, prints: list[int], rows: list[int]
+    ) -> tuple[Origin | None, ...]:
+        """What each of `images` is; None for a copy of one that was encoded less often.
 
         Between encoding and a forward pass, `generate` repeats prompts for beams and for
         `num_return_sequences`. A picture that was given twice was also encoded twice.
+
+        Args:
+            images: the images of a batch of prompts.
+            prints: their fingerprints.
+            rows: the prompt that each is in.
         """
-        prints, rows = torch.stack([images.prints, images.row]).tolist()
         found = zip(prints, self._look_up(prints), strict=True)
         times = {each: image.times for each, image in found if image is not None}
         return without_copies(images.origins, prints, rows, images.image.shape[0], times)
@@ -157,14 +163,19 @@ class SignalStore(NotCopyable):
             return feature_prints(features.to(self.dtype)).tolist()
         return feature_prints([each.to(self.dtype) for each in features]).tolist()
 
-    def get(self, prints: Tensor) -> Signals:
-        """What is known of all these images; nothing if one of them did not come by here."""
-        known = [each.signals for each in self._find(prints.tolist())]
+    def get(self, prints: list[int], device: torch.device) -> Signals:
+        """What is known of all these images; nothing if one of them did not come by here.
+
+        Args:
+            prints: fingerprints of their features.
+            device: where the answers are wanted.
+        """
+        known = [each.signals for each in self._find(prints)]
         if not known:
             return Signals()
         return Signals(
             {
-                signal: _stack([each[signal] for each in known], signal.axes).to(prints.device)
+                signal: _stack([each[signal] for each in known], signal.axes).to(device)
                 for signal in known[0]
                 if all(signal in each for each in known)
             }

@@ -48,7 +48,10 @@ def test_images_of_the_latest_two_calls_are_remembered() -> None:
         store.put(features, Signals({signal: torch.tensor(numbers)[:, None, None, None]}))
 
     def known() -> list[bool]:
-        return [bool(store.get(feature_prints(picture))) for picture in pictures]
+        return [
+            bool(store.get(feature_prints(picture).tolist(), picture.device))
+            for picture in pictures
+        ]
 
     put(0, 1)
     assert known() == [True, True, False]

@@ -352,8 +352,8 @@ def first_scores_of_the_raster(patch: Patch) -> None:
 def signals_in_another_order(patch: Patch) -> None:
     """The latest image first, as if signals came in the order of the batch by luck."""
 
-    def get(self: Any, prints: Tensor) -> Signals:
-        return original(self, prints.flip(0))
+    def get(self: Any, prints: list[int], device: torch.device) -> Signals:
+        return original(self, prints[::-1], device)
 
     original = store.SignalStore.get
     patch.setattr(store.SignalStore, "get", get)
