@@ -120,8 +120,8 @@ def library(name: str) -> Library:
     return next(each for each in LIBRARIES if each.name == name)
 
 
-_warned: set[str] = set()
-"""Names of libraries that were warned of."""
+_looked_at: set[str] = set()
+"""Names of libraries whose version was compared: within a process it stays what it is."""
 
 
 def warn_newer(depth: int = 2) -> None:
@@ -130,10 +130,10 @@ def warn_newer(depth: int = 2) -> None:
     Args:
         depth: callers to go up to the line that the warning is shown for.
     """
-    newer = [each for each in LIBRARIES if each.module in sys.modules and each.is_newer]
-    newer = [each for each in newer if each.name not in _warned]
+    at_work = [each for each in LIBRARIES if each.module in sys.modules]
+    newer = [each for each in at_work if each.name not in _looked_at and each.is_newer]
+    _looked_at.update(each.name for each in at_work)
     if newer:
-        _warned.update(each.name for each in newer)
         warnings.warn(
             "never tested with "
             + ", ".join(f"{each.name} {each.found} (newest: {each.newest})" for each in newer)

@@ -43,7 +43,7 @@ def watching() -> None:
 @pytest.fixture(autouse=True)
 def _newer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(versions, "LIBRARIES", (OLD, LATER))
-    monkeypatch.setattr(versions, "_warned", set())
+    monkeypatch.setattr(versions, "_looked_at", set())
     model, tower = (f"{each.__module__}.{each.__qualname__}" for each in (Model, Tower))
     models = [ModelPlugin("fake", "a fake", Watched, (model,))]
     towers = [TowerPlugin("fake", "a fake", FakeTowerAdapter, (tower,))]

@@ -186,30 +186,26 @@ class _Passes(NotCopyable):
 
     def per_video(self) -> Rows:
         """One row per video: the patches of its frames."""
-        videos, frames = self._shape()
-        patches = self.parts.patches
-        index = torch.arange(videos * frames * patches, device="cpu").reshape(
-            videos, frames * patches
-        )
-        origins = tuple(Origin(video, "video", patches=patches) for video in range(videos))
+        numbers = self._numbers()
+        index, patches = numbers.flatten(1), self.parts.patches
+        origins = tuple(Origin(video, "video", patches=patches) for video in range(len(numbers)))
         return Rows(index, torch.ones_like(index, dtype=torch.bool), patches, origins)
 
     def per_frame(self) -> Rows:
         """One row per frame."""
-        videos, frames = self._shape()
-        patches = self.parts.patches
-        index = torch.arange(videos * frames * patches, device="cpu").reshape(
-            videos * frames, patches
-        )
+        numbers = self._numbers()
+        videos, frames = numbers.shape[:2]
         origins = [Origin(v, "video", crop=frame) for v in range(videos) for frame in range(frames)]
-        return Rows(index, None, patches, tuple(origins))
+        return Rows(numbers.flatten(0, 1), None, self.parts.patches, tuple(origins))
 
-    def _shape(self) -> tuple[int, int]:
-        """Videos that are being encoded, and frames of each."""
+    def _numbers(self) -> Tensor:
+        """`(videos, frames, patches)` int64: the patches that are being encoded, counted."""
         shape: tuple[int, int] | None = getattr(self._local, "videos", None)
         if shape is None:
             raise AttachError("the projector ran outside of the model's own get_video_features")
-        return shape
+        videos, frames = shape
+        numbers = torch.arange(videos * frames * self.parts.patches, device="cpu")
+        return numbers.reshape(videos, frames, -1)
 
 
 class _FindVisual:
