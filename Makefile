@@ -19,7 +19,7 @@ PYTEST := $(SINGLE) $(BIN)/python -m pytest -n $(JOBS)
 EXAMPLES := docs/examples/tokenprune-sharpness docs/examples/tokenprune-pocketvlm
 # What needs lmms-eval, Ray or vLLM is tested by test-eval, test-ray and test-vllm.
 APART := $(addprefix --ignore=,tests/benchmarks tests/integrations \
-  $(addprefix src/tokenprune_adapters/,harness/llava_hf.py harness/video_llava.py vllm_serving/llava.py))
+  $(addprefix src/tokenprune_adapters/,lmms_eval/llava_hf.py lmms_eval/video_llava.py vllm/llava.py))
 
 .PRECIOUS: .venv-%/.ready .venv-transformers-%/.ready
 .PHONY: demo test lint types unit locked docs serve matrix canary lock changelog fuzz mutants bench \
@@ -64,7 +64,7 @@ bench: $(READY)  ## ratios to reference implementations
 	set -e; for script in tests/benchmarks/bench_*.py; do $(SINGLE) $(BIN)/python $$script; done
 
 train: $(READY)  ## train the miniature model anew, into out/pocket-$(SEED)/checkpoint
-	$(BIN)/python -m tokenprune_adapters.pocket.train --seed $(SEED) --out out/pocket-$(SEED)
+	PYTHONPATH=tools $(BIN)/python -m train_pocket.train --seed $(SEED) --out out/pocket-$(SEED)
 
 # One model, or several: make results CHECKPOINTS="pocket out/pocket-1/checkpoint"
 results: $(READY)  ## measure the tables of the papers in miniature, write docs/reference/results.md

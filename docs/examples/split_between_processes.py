@@ -15,7 +15,7 @@ import torch.distributed.nn  # noqa: F401
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from tokenprune_adapters.batch import Answerer
+from tokenprune.batch import Answerer
 
 BATCH = 8
 

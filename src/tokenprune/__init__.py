@@ -3,7 +3,8 @@
 VisualTokens + Signals --Scorer--> scores --Reducer--> Plan --apply--> VisualTokens
 """
 
-from .adapter import Attended, ModelAdapter, Observation, Removable, TowerAdapter
+from ._version import __version__ as __version__
+from .adapter import ModelAdapter, TowerAdapter
 from .attach import Attachment, attach, observe, watch
 from .budget import Budgeted, Keep
 from .errors import (
@@ -18,7 +19,9 @@ from .errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from .kept import Kept, Origin
+from .hooks import Removable
+from .kept_patches import Kept, Origin
+from .observation import Attended, Observation
 from .placement import AfterLayer, BeforeLLM, Placement
 from .plan import Plan
 from .plugins import (
@@ -41,7 +44,6 @@ from .reducers import (
     ToMe,
 )
 from .report import ImageReport, Record, Report
-from .saved import from_pretrained, save_pretrained
 from .scorers import (
     ClsAttentionScorer,
     FastVScorer,
@@ -68,10 +70,9 @@ from .signals import (
     TextQueryAttention,
 )
 from .spec import parse, parse_schedule, spec_of
+from .spec_file import from_pretrained, save_pretrained
 from .strategy import Reducer, Reduction, Scorer, Stage, Strategy
 from .tokens import VisualTokens
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AfterLayer",

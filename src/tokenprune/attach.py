@@ -11,8 +11,9 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import nn
 
-from .adapter import Attended, Observation, Removable
 from .errors import AttachError, SpecError, UnsupportedError
+from .hooks import Removable
+from .observation import Attended, Observation
 from .plugins import registry
 from .report import Record, Report
 from .signals import Signal

@@ -41,3 +41,7 @@ class AttachError(TokenpruneError, RuntimeError):
 
 class PluginError(TokenpruneError, RuntimeError):
     """Plugins that conflict, misspell a hook or offer the wrong record."""
+
+
+class MissingExtraError(TokenpruneError, ImportError):
+    """A library that an optional extra brings cannot be imported."""

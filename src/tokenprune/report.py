@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 import torch
 
+from .call_reductions import Part, joined, kept_of
 from .errors import AttachError, ShapeError
-from .kept import Kept, Origin
-from .latest import Part, joined, kept_of
+from .kept_patches import Kept, Origin
 from .strategy import Reduction
 
 Origins: TypeAlias = Sequence[Origin | None]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .errors import ScoreError, ShapeError, SpecError
-from .idle import check_budgets_fall, check_no_repetition, check_scores_are_read
-from .kept import Origin
+from .idle_steps import check_budgets_fall, check_no_repetition, check_scores_are_read
+from .kept_patches import Origin
 from .placement import Placement
 from .plan import Plan
 from .precision import full_precision
@@ -77,7 +77,7 @@ class Reduction:
         tokens: the reduced visual tokens.
         plan: all steps as one plan, with respect to the input.
         scores: `(batch, tokens)` float32 of the first scorer on the input, or None.
-        positions: `(batch, tokens)` int64, the `positions` of the input, -1 where a row is padded;
+        patches: `(batch, tokens)` int64, the `patches` of the input, -1 where a row is padded;
             an `Origin` tells which crop (or frame) and patch they mean.
         origins: what each row shows, where a model was asked; `Attachment.last` tells it.
     """
@@ -85,7 +85,7 @@ class Reduction:
     tokens: VisualTokens
     plan: Plan
     scores: Tensor | None = None
-    positions: Tensor | None = None
+    patches: Tensor | None = None
     origins: tuple[Origin, ...] = ()
 
 
@@ -148,7 +148,7 @@ class Strategy:
 
     def _run(self, tokens: VisualTokens, signals: Signals) -> Reduction:
         plan: Plan | None = None
-        positions = tokens.positions.masked_fill(~tokens.mask, -1)
+        patches = tokens.patches.masked_fill(~tokens.mask, -1)
         scores = first = None
         for number, step in enumerate(self.steps, start=1):
             if isinstance(step, Scorer):
@@ -165,7 +165,7 @@ class Strategy:
                 signals = signals.reduce(decided)
                 scores = None if scores is None else decided(scores)
         assert plan is not None
-        return Reduction(tokens, plan, first, positions)
+        return Reduction(tokens, plan, first, patches)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class VisualTokens:
     Attributes:
         features: `(batch, tokens, channels)` any floating dtype.
         mask: `(batch, tokens)` bool, False where a row is padded.
-        positions: `(batch, tokens)` int64, place in the original sequence (raster order).
+        patches: `(batch, tokens)` int64, which patch of its picture each token is, in raster order.
         sizes: `(batch, tokens)` float32, how many original tokens each one stands for (ToMe).
         protected: `(batch, tokens)` bool, tokens that must survive unmerged (registers).
         ids: `(batch,)` int64, which image a row shows: equal for equal pictures, and independent
@@ -33,7 +33,7 @@ class VisualTokens:
 
     features: Tensor
     mask: Tensor
-    positions: Tensor
+    patches: Tensor
     sizes: Tensor
     protected: Tensor
     ids: Tensor
@@ -48,7 +48,7 @@ class VisualTokens:
         row, grid = tuple(features.shape[:1]), tuple(features.shape[:2])
         for name, dtype, shape, axes in (
             ("mask", torch.bool, grid, "(batch tokens)"),
-            ("positions", torch.int64, grid, "(batch tokens)"),
+            ("patches", torch.int64, grid, "(batch tokens)"),
             ("sizes", torch.float32, grid, "(batch tokens)"),
             ("protected", torch.bool, grid, "(batch tokens)"),
             ("ids", torch.int64, row, "(batch)"),
@@ -70,7 +70,7 @@ class VisualTokens:
         features: Tensor,
         *,
         mask: Tensor | None = None,
-        positions: Tensor | None = None,
+        patches: Tensor | None = None,
         sizes: Tensor | None = None,
         protected: Tensor | None = None,
         ids: Tensor | None = None,
@@ -86,9 +86,7 @@ class VisualTokens:
         tokens = cls(
             features,
             ones if mask is None else mask,
-            torch.arange(count, device=device).expand(batch, count)
-            if positions is None
-            else positions,
+            torch.arange(count, device=device).expand(batch, count) if patches is None else patches,
             ones.to(torch.float32) if sizes is None else sizes,
             ~ones if protected is None else protected,
             torch.zeros(batch, dtype=torch.int64, device=device) if ids is None else ids,
@@ -120,7 +118,7 @@ class VisualTokens:
         reduced = VisualTokens(
             plan(self.features),
             plan.mask,
-            plan(self.positions),
+            plan(self.patches),
             sizes,
             plan(self.protected),
             self.ids,

@@ -5,72 +5,72 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tokenprune.adapter import ModelAdapter, TowerAdapter
-from tokenprune.doctor import Trial
 from tokenprune.plugins import ModelPlugin, TowerPlugin, hookimpl
+from tokenprune.trial import Trial
 
 
 def _clip() -> TowerAdapter:
-    from .towers.hf_clip import ClipTowerAdapter
+    from .hf.clip_tower import ClipTowerAdapter
 
     return ClipTowerAdapter()
 
 
 def _siglip() -> TowerAdapter:
-    from .towers.hf_clip import SiglipTowerAdapter
+    from .hf.clip_tower import SiglipTowerAdapter
 
     return SiglipTowerAdapter()
 
 
 def _llava() -> ModelAdapter:
-    from .models.llava import LlavaAdapter
+    from .hf.llava import LlavaAdapter
 
     return LlavaAdapter()
 
 
 def _llava_next() -> ModelAdapter:
-    from .models.llava_next import LlavaNextAdapter
+    from .hf.llava_next import LlavaNextAdapter
 
     return LlavaNextAdapter()
 
 
 def _video_llava() -> ModelAdapter:
-    from .models.video_llava import VideoLlavaAdapter
+    from .hf.video_llava import VideoLlavaAdapter
 
     return VideoLlavaAdapter()
 
 
 def _open_clip() -> TowerAdapter:
-    from .towers.open_clip import OpenClipTowerAdapter
+    from .open_clip.tower import OpenClipTowerAdapter
 
     return OpenClipTowerAdapter()
 
 
 def _open_clip_visual() -> ModelAdapter:
-    from .models.open_clip_visual import OpenClipVisualAdapter
+    from .open_clip.visual import OpenClipVisualAdapter
 
     return OpenClipVisualAdapter()
 
 
 def _llava_trials() -> Iterable[Trial]:
-    from .trials.llava import trials
+    from .hf.trials.llava import trials
 
     return trials()
 
 
 def _llava_next_trials() -> Iterable[Trial]:
-    from .trials.llava_next import trials
+    from .hf.trials.llava_next import trials
 
     return trials()
 
 
 def _video_llava_trials() -> Iterable[Trial]:
-    from .trials.video_llava import trials
+    from .hf.trials.video_llava import trials
 
     return trials()
 
 
 def _open_clip_trials() -> Iterable[Trial]:
-    from .trials.open_clip import trials
+    from .open_clip.trial import trials
 
     return trials()
 

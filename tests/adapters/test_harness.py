@@ -16,11 +16,11 @@ import tokenprune
 from tokenprune.errors import SpecError
 from tokenprune.report import ImageReport, Report
 from tokenprune_adapters import pocket
-from tokenprune_adapters.harness.account import Account
-from tokenprune_adapters.harness.arguments import read_arguments, unquoted
-from tokenprune_adapters.harness.failing import EvaluationFailedError, fatal
-from tokenprune_adapters.harness.pictures import decode_before
-from tokenprune_adapters.harness.pruned import Pruned
+from tokenprune_adapters.lmms_eval.account import Account
+from tokenprune_adapters.lmms_eval.exit_codes import EvaluationFailedError, fatal
+from tokenprune_adapters.lmms_eval.mixin import Pruned
+from tokenprune_adapters.lmms_eval.model_args import read_arguments, unquoted
+from tokenprune_adapters.lmms_eval.pictures import decode_before
 
 SPECS = [
     "vtc-cls(keep=128)",

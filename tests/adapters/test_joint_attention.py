@@ -18,9 +18,9 @@ import tokenprune
 from reference.plain import single_head
 from support.llava import picture, tiny_llava
 from tokenprune import JointClsAttention, Keys, PruMerge, Signals, VisualTokens
-from tokenprune.kept import Origin
-from tokenprune_adapters.rowing import Rows
-from tokenprune_adapters.rows import attention, joint_attention, products
+from tokenprune.kept_patches import Origin
+from tokenprune_adapters.kit.attention_rows import attention, joint_attention, products
+from tokenprune_adapters.kit.budget_rows import Rows
 
 IMAGES = torch.stack([picture(seed) for seed in range(8)])
 LAYERS = (-1, 1)
@@ -96,7 +96,7 @@ def test_crops_keep_the_attention_of_their_own_cls() -> None:
     """A row of several crops holds several rows of attention, and none is scaled anew."""
     crops = torch.rand(3, 1, 4)
     joint = crops / crops.sum(-1, keepdim=True) * 0.7
-    origins = [Origin(0, patches=4), Origin(1, patches=4)]
+    origins = [Origin(0, patches_per_crop=4), Origin(1, patches_per_crop=4)]
     rows = Rows.of([torch.arange(8), torch.arange(8, 12)], 4, origins)
     given = rows.signals(Signals({JointClsAttention(1): joint}))[JointClsAttention(1)]
     assert torch.equal(given[0, 0], joint[:2].flatten())

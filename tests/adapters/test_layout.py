@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tokenprune import Plan
-from tokenprune_adapters.carry import carried, carry
-from tokenprune_adapters.fingerprint import fingerprint
-from tokenprune_adapters.layout import Layout, causal_mask
-from tokenprune_adapters.marks import marked, spread
+from tokenprune_adapters.kit.carry import carried, carry
+from tokenprune_adapters.kit.fingerprint import fingerprint
+from tokenprune_adapters.kit.marks import marked, spread
+from tokenprune_adapters.kit.prompt_layout import Layout, causal_mask
 
 
 @st.composite

@@ -337,7 +337,7 @@ def test_after_a_layer_patches_that_a_mask_hides_are_not_counted(
             model(**inputs, position_ids=places)
     assert whole.last.plan.lengths == (10,)
     assert some.last.plan.lengths == (4,)
-    patches = some.last.tokens.positions[0].tolist()
+    patches = some.last.tokens.patches[0].tolist()
     assert not set(patches) & set(range(2, 8))
 
 

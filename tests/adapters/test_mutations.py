@@ -15,10 +15,10 @@ import tokenprune
 from support.flash import flash_attention
 from support.llava import Row, collate, generate, picture, prompts, pruned, spec
 from support.oracle import compressed_embeddings, greedy_batch, hidden_states, loss
-from tokenprune_adapters import layout
-from tokenprune_adapters.llms import inside, segment, shorten
-from tokenprune_adapters.llms.cache import ShortenedLayer
-from tokenprune_adapters.towers import hf_clip, taps
+from tokenprune_adapters.hf import clip_tower
+from tokenprune_adapters.hf.llm import inner_stages, segment, short_prompt
+from tokenprune_adapters.hf.llm.kv_cache import ShortenedLayer
+from tokenprune_adapters.kit import prompt_layout, tower_reading
 
 from .conftest import MakeLlava
 
@@ -111,8 +111,8 @@ def _edit_states(patch: Patch, **changes: Callable[[Any], Any]) -> None:
         }
         original(cache, edited)
 
-    original = shorten.note
-    patch.setattr(shorten, "note", note)
+    original = short_prompt.note
+    patch.setattr(short_prompt, "note", note)
 
 
 def decode_position_not_shifted(patch: Patch) -> None:
@@ -124,7 +124,7 @@ def prompt_position_not_shifted(patch: Patch) -> None:
         return original(slots, before, past, "original", *rest)
 
     original = segment.enter
-    patch.setattr(shorten, "enter", enter)
+    patch.setattr(short_prompt, "enter", enter)
 
 
 def positions_shifted_where_they_should_not(patch: Patch) -> None:
@@ -132,7 +132,7 @@ def positions_shifted_where_they_should_not(patch: Patch) -> None:
         return original(slots, before, past, "reindexed", *rest)
 
     original = segment.enter
-    patch.setattr(shorten, "enter", enter)
+    patch.setattr(short_prompt, "enter", enter)
 
 
 def physical_sequence_length(patch: Patch) -> None:
@@ -148,13 +148,13 @@ def columns_of_the_users_mask(patch: Patch) -> None:
         own = kwargs.get("attention_mask")
         if mask is not None and own is not None and own.ndim == 4:
             batch, _, queries, keys = own.shape
-            kwargs["attention_mask"] = layout.causal_mask(
+            kwargs["attention_mask"] = prompt_layout.causal_mask(
                 mask[:, -keys:].bool(), batch, queries, keys, "sdpa", own
             )
         return result
 
-    original = shorten.ShortenPrompts.before
-    patch.setattr(shorten.ShortenPrompts, "before", before)
+    original = short_prompt.ShortenPrompts.before
+    patch.setattr(short_prompt.ShortenPrompts, "before", before)
 
 
 def no_mask_at_all(patch: Patch) -> None:
@@ -166,23 +166,24 @@ def fillers_forgotten_at_decode(patch: Patch) -> None:
 
 
 def fillers_keep_minus_infinity(patch: Patch) -> None:
-    patch.setattr(layout.Layout, "shorten", lambda self, x: layout._take(x, self.index))
+    take = prompt_layout._take
+    patch.setattr(prompt_layout.Layout, "shorten", lambda self, x: take(x, self.index))
 
 
 def positions_from_the_wrong_slots(patch: Patch) -> None:
     """Dropped slots show the token after them instead of the one before."""
 
     def restore(self: Any, x: Tensor) -> Tensor:
-        return layout._take(x, (self.back + 1).clamp(max=x.shape[1] - 1))
+        return prompt_layout._take(x, (self.back + 1).clamp(max=x.shape[1] - 1))
 
-    patch.setattr(layout.Layout, "restore", restore)
+    patch.setattr(prompt_layout.Layout, "restore", restore)
 
 
 def no_mask_over_gaps(patch: Patch) -> None:
     def enter(*args: Any) -> Any:
         return segment.enter(*args[:-1], True)
 
-    patch.setattr(shorten, "enter", enter)
+    patch.setattr(short_prompt, "enter", enter)
 
 
 def flash_sees_position_ids(patch: Patch) -> None:
@@ -191,8 +192,8 @@ def flash_sees_position_ids(patch: Patch) -> None:
         args, kwargs = hook(self, layer, args, kwargs)
         return args, kwargs | {"position_ids": places}
 
-    hook = inside._BeforeLayer.before
-    patch.setattr(inside._BeforeLayer, "before", before)
+    hook = inner_stages._BeforeLayer.before
+    patch.setattr(inner_stages._BeforeLayer, "before", before)
 
 
 def rows_of_the_cache_mixed_up(patch: Patch) -> None:
@@ -209,8 +210,8 @@ def cls_column_not_skipped(patch: Patch) -> None:
 
 
 def _edit_rows(patch: Patch, change: Callable[[Tensor], Tensor]) -> None:
-    attention = taps.attention
-    patch.setattr(taps, "attention", lambda *args: change(attention(*args)))
+    attention = tower_reading.attention
+    patch.setattr(tower_reading, "attention", lambda *args: change(attention(*args)))
 
 
 def first_patch_taken_for_cls(patch: Patch) -> None:
@@ -219,23 +220,23 @@ def first_patch_taken_for_cls(patch: Patch) -> None:
     def query(self: Any, projection: Any, args: Any, output: Tensor) -> None:
         hook(self, projection, args, output[:, 1:2])
 
-    hook = hf_clip._LayerTap.query
-    patch.setattr(hf_clip._LayerTap, "query", query)
+    hook = clip_tower._LayerTap.query
+    patch.setattr(clip_tower._LayerTap, "query", query)
 
 
 def layers_up_to_the_end_of_the_tower(patch: Patch) -> None:
     def resolve(layers: Any, feature_layer: int, count: int) -> tuple[int, ...]:
         return resolve_layers(layers, count - 1, count)
 
-    resolve_layers = taps.resolve_layers
-    patch.setattr(taps, "resolve_layers", resolve)
+    resolve_layers = tower_reading.resolve_layers
+    patch.setattr(tower_reading, "resolve_layers", resolve)
 
 
 def heads_torn_apart(patch: Patch) -> None:
     """Channels of one head taken for one channel of every head."""
 
-    attention = taps.attention
-    patch.setattr(taps, "attention", lambda *args: attention(*map(_torn, args)))
+    attention = tower_reading.attention
+    patch.setattr(tower_reading, "attention", lambda *args: attention(*map(_torn, args)))
 
 
 def _torn(x: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from support.llava import Row, collate, generate, picture, prompts, tiny_llava
 from support.llava_next import tiny_llava_next
 from support.video_llava import tiny_video_llava
 from tokenprune import ClsAttention, Signals
-from tokenprune_adapters.llms.cache import Shortened
-from tokenprune_adapters.llms.images import feature_prints
-from tokenprune_adapters.llms.segment import Slots, enter
-from tokenprune_adapters.llms.store import SignalStore
+from tokenprune_adapters.hf.llm.image_slots import feature_prints
+from tokenprune_adapters.hf.llm.kv_cache import Shortened
+from tokenprune_adapters.hf.llm.segment import Slots, enter
+from tokenprune_adapters.hf.llm.signal_cache import SignalStore
 
 from .conftest import MakeLlava
 
@@ -80,10 +80,10 @@ def test_watching_works_where_the_model_is(llava: MakeLlava) -> None:
     model = llava()
     with tokenprune.watch(model) as seen:
         generate(model, INPUTS, steps=2)
-        wanted = seen.steps, seen.places, seen.mask
+        wanted = seen.steps, seen.patches, seen.mask
         with META:
             generate(model, INPUTS, steps=2)
-            got = seen.steps, seen.places, seen.mask
+            got = seen.steps, seen.patches, seen.mask
     assert all(map(torch.equal, got, wanted))
 
 

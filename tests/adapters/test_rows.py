@@ -14,7 +14,7 @@ import tokenprune
 from support.llava import collate, generate, picture, prompts, tiny_llava
 from support.oracle import eager_rows, eager_scores, greedy_batch, kept_indices
 from tokenprune import ClsAttention, Evict, Keys, MissingSignalError, ShapeError, UnsupportedError
-from tokenprune_adapters.rows import attention
+from tokenprune_adapters.kit.attention_rows import attention
 
 from .conftest import MakeLlava, leftovers
 

@@ -119,7 +119,7 @@ def test_steps_are_rows_of_the_eager_maps(family: Family, attention: str, rows: 
         text = llava.generate(model, inputs, STEPS, **WORDS).text
     check(seen, wanted(family, batch, inputs, text))
     every = [place for prompt in batch for place in family.places(prompt)]
-    assert [[place for place in row if place >= 0] for row in seen.places.tolist()] == [
+    assert [[place for place in row if place >= 0] for row in seen.patches.tolist()] == [
         [place for place in row if place >= 0] for row in every
     ]
 
@@ -155,8 +155,8 @@ def test_beside_an_attachment_that_keeps_everything(family: Family) -> None:
             attachment.detach()
             check(seen, wanted(family, batch, inputs, text))
             reduction = attachment.last
-            assert reduction.positions is not None
-            assert torch.equal(reduction.positions, seen.places)
+            assert reduction.patches is not None
+            assert torch.equal(reduction.patches, seen.patches)
             if stage.startswith("fastv"):
                 assert reduction.scores is not None
                 torch.testing.assert_close(seen.steps[0, :, 1], reduction.scores)
@@ -248,7 +248,7 @@ def test_the_latest_prompts_are_told() -> None:
         assert seen.steps.shape == (3, 2, 3, llava.PATCHES)
         llava.generate(model, LLAVA.collate([none]), 2)
         with pytest.raises(MissingSignalError, match="no prompt with pictures has run"):
-            _ = seen.places
+            _ = seen.patches
 
 
 @torch.no_grad()

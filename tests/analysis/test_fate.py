@@ -20,19 +20,19 @@ def test_of_one_picture() -> None:
 
 def test_a_group_across_crops_is_one_group() -> None:
     """Two crops of 4 patches; the second has no patch 0, and the row is padded at its end."""
-    positions = torch.tensor([[0, 1, 2, 3, 5, 6, 7, -1]])
+    patches = torch.tensor([[0, 1, 2, 3, 5, 6, 7, -1]])
     groups = torch.tensor([[0, 1, 1, 3, 3, 5, -1, -1]])
-    fate = Fate.of(Plan.group(groups, torch.ones(1, 8)), positions, crops=2, patches=4)
+    fate = Fate.of(Plan.group(groups, torch.ones(1, 8)), patches, crops=2, per_crop=4)
     assert fate.crops == ((0, 1, 1, 2), (None, 2, 3, DROPPED))
     assert fate.groups == {1: 1, 2: 2}
 
 
 def test_rows_of_crops_are_groups_of_their_own() -> None:
     """Budgets per crop: a row for each crop, of which the last is nothing but padding."""
-    positions = torch.tensor([[0, 1, 2], [1, 2, -1], [-1, -1, -1]])
+    patches = torch.tensor([[0, 1, 2], [1, 2, -1], [-1, -1, -1]])
     groups = torch.tensor([[0, 0, 2], [1, 1, -1], [-1, -1, -1]])
     plan = Plan.group(groups, torch.ones(3, 3))
-    fate = Fate.of(plan, positions, rows=(0, 1, 2), crops=3, patches=3)
+    fate = Fate.of(plan, patches, rows=(0, 1, 2), crops=3, per_crop=3)
     assert fate.crops == ((0, 0, 1), (None, 2, 2), (None, None, None))
     assert fate.groups == {0: 1, 2: 2}
 
@@ -47,7 +47,7 @@ def test_of_an_any_resolution_model(per: str, size: tuple[int, int]) -> None:
         model(**inputs)
     last, crops = pruned.last, len(picture.crops)
     rows = range(last.plan.anchors.shape[0])
-    fate = Fate.of(last.plan, last.positions, rows, crops, llava_next.PATCHES)
+    fate = Fate.of(last.plan, last.patches, rows, crops, llava_next.PATCHES)
     expected = llava_next.kept(model, picture, 3, per)
     tokens = set(picture.packed) - {None}
     for crop, slots in enumerate(fate.crops):
@@ -57,7 +57,7 @@ def test_of_an_any_resolution_model(per: str, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("positions", "rows", "words"),
+    ("patches", "rows", "words"),
     [
         (None, (2,), r"row must be in \[0, 2\)"),
         (None, (), "got none"),
@@ -65,7 +65,7 @@ def test_of_an_any_resolution_model(per: str, size: tuple[int, int]) -> None:
         (torch.tensor([[0, 1, 2]]), (0,), r"= \(2, 3\)"),
     ],
 )
-def test_refuses(positions: torch.Tensor | None, rows: tuple[int, ...], words: str) -> None:
+def test_refuses(patches: torch.Tensor | None, rows: tuple[int, ...], words: str) -> None:
     plan = Plan.select(torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ShapeError, match=words):
-        Fate.of(plan, positions, rows, crops=1)
+        Fate.of(plan, patches, rows, crops=1)

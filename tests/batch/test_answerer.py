@@ -13,8 +13,8 @@ from PIL import Image
 
 import tokenprune
 from support.batch import SPEC, alone, columns
+from tokenprune.batch import Answerer, WorkerError
 from tokenprune_adapters import pocket
-from tokenprune_adapters.batch import Answerer, WorkerError
 
 
 @pytest.fixture(scope="module")

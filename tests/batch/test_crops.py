@@ -13,7 +13,7 @@ from transformers import LlavaNextImageProcessor, LlavaNextProcessor, PreTrained
 
 from support.llava import BOS, EOS, IMAGE, PAD
 from support.llava_next import PATCH, PATCHES, PINPOINTS, SIDE, tiny_llava_next
-from tokenprune_adapters.batch import Answerer
+from tokenprune.batch import Answerer
 
 
 @pytest.fixture(scope="module")

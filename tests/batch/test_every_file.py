@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from tokenprune.batch import InputError
+from tokenprune.batch.rows import read_rows
 from tokenprune.bench import DataError, read
 from tokenprune.cli.app import app
 from tokenprune.folders import list_pictures
 from tokenprune_adapters import pocket
-from tokenprune_adapters.batch import InputError
-from tokenprune_adapters.batch.rows import read_rows
 
 NOT_A_PICTURE = "it does not begin as pictures of common formats do"
 

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tokenprune_adapters.batch import ResumeError
-from tokenprune_adapters.batch import parts as parts_module
-from tokenprune_adapters.batch.job import Job
-from tokenprune_adapters.batch.parts import finished, folder_of, opened
+from tokenprune.batch import ResumeError
+from tokenprune.batch import part_files as parts_module
+from tokenprune.batch.job import Job
+from tokenprune.batch.part_files import finished, folder_of, opened
 
 JOB = Job("model", "", "uniform | evict(3)", None, 64, "auto", "input", "/pictures", "1.0")
 

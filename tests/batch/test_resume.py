@@ -16,15 +16,15 @@ import pytest
 from typer.testing import CliRunner
 
 from support.batch import SPEC, DiesOnce, alone, answers_in, write_rows
+from tokenprune.batch import Answerer, ResumeError, WorkerError
+from tokenprune.batch.answerer import Columns
+from tokenprune.batch.job import Job
+from tokenprune.batch.part_files import folder_of
+from tokenprune.batch.rows import read_rows
+from tokenprune.batch.work import answer_all
+from tokenprune.batch.workers import Here, Processes
 from tokenprune.cli.app import app
 from tokenprune_adapters import pocket
-from tokenprune_adapters.batch import Answerer, ResumeError, WorkerError
-from tokenprune_adapters.batch.answerer import Columns
-from tokenprune_adapters.batch.job import Job
-from tokenprune_adapters.batch.parts import folder_of
-from tokenprune_adapters.batch.rows import read_rows
-from tokenprune_adapters.batch.work import answer_all
-from tokenprune_adapters.batch.workers import Here, Processes
 
 ROWS = 60
 

@@ -13,11 +13,11 @@ import pytest
 from PIL import ExifTags, Image
 from transformers.image_utils import load_image
 
+from tokenprune.batch import InputError, PictureError, cells
+from tokenprune.batch.pictures import picture_of
+from tokenprune.batch.rows import Rows, read_rows
 from tokenprune.bench.data import Sample
-from tokenprune.cli.loading import open_picture
-from tokenprune_adapters.batch import InputError, PictureError, cells
-from tokenprune_adapters.batch.pictures import picture_of
-from tokenprune_adapters.batch.rows import Rows, read_rows
+from tokenprune.pictures import read_picture
 
 
 def paint(path: Path, red: int) -> bytes:
@@ -142,7 +142,7 @@ def test_pictures_are_upright(tmp_path: Path, orientation: int) -> None:
         opened = Image.open(tmp_path / f"a.{kind}")
         forms = (f"a.{kind}", data, {"bytes": data}, opened)
         pictures = [picture_of(form, str(tmp_path)) for form in forms]
-        pictures += [open_picture(tmp_path / f"a.{kind}")]  # of `tokenprune run`
+        pictures += [read_picture(tmp_path / f"a.{kind}")]  # of `tokenprune run`
         pictures += [Sample("1", tmp_path / f"a.{kind}", "what ?").picture()]  # and of `bench`
         for found in pictures:
             assert (found.size, found.tobytes()) == (wanted.size, wanted.tobytes())

@@ -7,13 +7,13 @@ import pytest
 
 import tokenprune
 from support.llava import tiny_llava
-from tokenprune.bench import DataError, asking, bench, pocket
-from tokenprune.bench.asking import Record
+from tokenprune.bench import DataError, bench, pocket
 from tokenprune.bench.data import Sample
 from tokenprune.bench.entrants import enter
 from tokenprune.bench.plots import plot
-from tokenprune.bench.prompting import prompter
 from tokenprune.bench.result import rows
+from tokenprune.bench.rounds import Record
+from tokenprune.prompts import prompter
 
 SPECS, KEEPS = ["vtc-cls", "fastv", "pyramiddrop(first=1, second=2, third=3)"], [1.0, 0.25, 4]
 
@@ -209,15 +209,15 @@ def test_everybody_is_warmed_up_before_times_are_taken(
     shipped, samples, monkeypatch, batch, rounds, timed
 ):
     answered = []
-    real = asking._answer
+    real = rounds._answer
 
     def noting(model, processor, inputs, entrant, *rest):
         answered.append(entrant.label)
         real(model, processor, inputs, entrant, *rest)
 
     entrants = enter(["vtc-cls"], [0.25])[:3]
-    monkeypatch.setattr(asking, "_answer", noting)
-    found = asking.ask(
+    monkeypatch.setattr(rounds, "_answer", noting)
+    found = rounds.ask(
         *shipped, samples[:4], entrants, text=prompter(shipped[1]), batch=batch, max_new_tokens=1
     )
     assert answered == [one.label for one in entrants] * rounds

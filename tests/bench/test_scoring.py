@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenprune.bench.bound import lower_bound, trials_needed
+from tokenprune.bench.lower_bound import lower_bound, trials_needed
 from tokenprune.bench.match import credit, plain
 from tokenprune.bench.scoring import balanced, f1, mean
 

@@ -6,8 +6,8 @@ import pytest
 
 from tokenprune import parse
 from tokenprune.bench import DataError, Sample, pocket, tuning
-from tokenprune.bench.asking import Record
-from tokenprune.bench.bound import lower_bound, trials_needed
+from tokenprune.bench.lower_bound import lower_bound, trials_needed
+from tokenprune.bench.rounds import Record
 from tokenprune.bench.tuning import tune
 
 

@@ -135,7 +135,7 @@ def speed(options: argparse.Namespace) -> Table:
 @torch.inference_mode()
 def rows(options: argparse.Namespace) -> Table:
     """The tap alone against the tower: whole towers scatter by more than it costs."""
-    from tokenprune_adapters.towers.projections import Projections
+    from tokenprune_adapters.kit.query_key_maps import Projections
 
     table = Table(title=f"[CLS] rows of 3 layers, {options.model}, batch {options.batch}")
     for column in ("dtype", "3 rows / tower", "whole tower, observed / not"):
@@ -169,7 +169,7 @@ def rows(options: argparse.Namespace) -> Table:
 @torch.inference_mode()
 def drift(options: argparse.Namespace) -> Table:
     from tokenprune_adapters.pocket.drawing import COLOURS, KINDS
-    from tokenprune_adapters.pocket.tower import _facts, pixels
+    from train_pocket.tower import _facts, pixels
 
     model, _ = pocket.load()
     tower = from_transformers(model.model.vision_tower)

@@ -24,7 +24,7 @@ from rich.table import Table
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import tokenprune
-from tokenprune_adapters.rows import attention
+from tokenprune_adapters.kit.attention_rows import attention
 
 LAYERS = 3
 

@@ -12,7 +12,7 @@ from tokenprune.analysis.clusters import PALETTE
 from tokenprune.analysis.overlay import TINT, overlay
 from tokenprune.analysis.sheet import side_by_side
 from tokenprune_adapters import pocket
-from tokenprune_adapters.pocket.model import build_processor
+from train_pocket.model import build_processor
 
 GRID = (2, 3)
 PATCH = 4

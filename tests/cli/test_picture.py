@@ -17,8 +17,8 @@ from tokenprune.analysis.canvas import enlarged, picture_of
 from tokenprune.analysis.heat import colour_at
 from tokenprune.cli import main
 from tokenprune.cli.drawing import Seen
-from tokenprune.cli.loading import Loaded
 from tokenprune.cli.picture import _layers
+from tokenprune.loading import Loaded
 from tokenprune_adapters import pocket
 
 Command = Callable[..., Result]

@@ -13,8 +13,8 @@ from typer.testing import Result
 import tokenprune as library
 from tokenprune.cli.answer import Answer
 from tokenprune.cli.console import console
-from tokenprune.cli.loading import load
 from tokenprune.cli.run import _table
+from tokenprune.loading import load
 from tokenprune.report import ImageReport, Report
 from tokenprune_adapters import pocket
 

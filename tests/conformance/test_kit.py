@@ -146,7 +146,7 @@ def test_the_documentation_states_the_contract():
         lambda t: 0 < sum(t.protected_lengths) < sum(t.lengths),
         lambda t: t.protected_lengths == t.lengths,
         lambda t: float(t.sizes[t.mask].max()) > 1,
-        lambda t: int(t.positions.max()) > t.mask.shape[1],
+        lambda t: int(t.patches.max()) > t.mask.shape[1],
     ],
     ids=[
         "one token", "ragged", "left", "right", "between", "junk", "zero", "duplicate", "huge",

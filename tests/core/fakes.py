@@ -27,9 +27,10 @@ from tokenprune import (
     TowerAdapter,
     UnsupportedError,
     VisualTokens,
+    builtin,
     hookimpl,
 )
-from tokenprune.plugins import Registry, builtin
+from tokenprune.plugins import Registry
 from tokenprune.plugins.manager import build_registry
 
 

@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from tokenprune import pictures
+from tokenprune.batch.errors import PictureError as RowError
+from tokenprune.batch.pictures import picture_of
 from tokenprune.bench.data import DataError, Sample
-from tokenprune.cli.loading import CommandError, open_picture
 from tokenprune.pictures import NoPictureError, PictureError, is_picture, read_picture
-from tokenprune_adapters.batch.errors import PictureError as RowError
-from tokenprune_adapters.batch.pictures import picture_of
 
 RAMP = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
 WHITE = (255, 255, 255)
@@ -30,7 +29,6 @@ def loaders() -> list[Callable[[Path], Image.Image]]:
     """Every way in which a command opens a file."""
     return [
         read_picture,
-        open_picture,
         lambda path: Sample("s", path, "q").picture(),
         picture_of,
         lambda path: picture_of(path.read_bytes()),
@@ -151,7 +149,7 @@ def test_floats_of_files(tmp_path: Path) -> None:
     for kind in ("tiff", "pfm"):
         path = tmp_path / f"a.{kind}"
         Image.fromarray((RAMP / 255).astype(np.float32)).save(path)
-        assert (greys(open_picture(path)) == RAMP).all()
+        assert (greys(read_picture(path)) == RAMP).all()
 
 
 @pytest.mark.parametrize(
@@ -180,8 +178,8 @@ def test_whole_numbers_without_a_sure_meaning_are_refused(tmp_path: Path, dtype:
     bits, form = (16 if dtype == "<i2" else 32), (1 if dtype == "<u4" else 2)
     path = tmp_path / "labels.tiff"
     path.write_bytes(tiff(bits, 1, form, (RAMP[0] * 100).astype(dtype).tobytes()).read())
-    errors = (PictureError, CommandError, DataError, RowError)
-    for load in (read_picture, open_picture, lambda p: Sample("s", p, "q").picture(), picture_of):
+    errors = (PictureError, DataError, RowError)
+    for load in (read_picture, lambda p: Sample("s", p, "q").picture(), picture_of):
         with pytest.raises(errors, match=r"labels\.tiff: .*nothing says which of them is white"):
             load(path)
     with pytest.raises(PictureError, match="picture in memory: its pixels are whole numbers of 32"):
@@ -396,7 +394,7 @@ def test_damage_is_an_error_of_ours_for_every_loader(tmp_path: Path, data: bytes
     path = tmp_path / "bad.png"
     path.write_bytes(data)
     for load in loaders()[:7]:
-        with pytest.raises((PictureError, CommandError, DataError, RowError)):
+        with pytest.raises((PictureError, DataError, RowError)):
             load(path)
 
 

@@ -203,7 +203,7 @@ def test_tokens_that_merge_with_nobody_keep_their_bits(data: st.DataObject) -> N
 def test_integers_and_bools_are_taken_at_the_anchors(data: st.DataObject) -> None:
     tokens = data.draw(visual_tokens())
     plan = data.draw(plans(tokens))
-    for x in (tokens.positions + 5, tokens.protected):
+    for x in (tokens.patches + 5, tokens.protected):
         out = plan(x)
         assert out.dtype == x.dtype
         for row in range(len(x)):
@@ -293,7 +293,7 @@ def test_then_is_one_step_after_the_other(data: st.DataObject) -> None:
     step_by_step = second(first(tokens.features))
     worst = tokens.features.abs().amax().item()
     assert torch.allclose(both(tokens.features), step_by_step, rtol=1e-5, atol=1e-6 * worst)
-    assert torch.equal(both(tokens.positions), second(first(tokens.positions)))
+    assert torch.equal(both(tokens.patches), second(first(tokens.patches)))
 
 
 @given(st.data())

@@ -31,9 +31,10 @@ from tokenprune import (
     TowerPlugin,
     UnknownNameError,
     UnsupportedError,
+    builtin,
     hookimpl,
 )
-from tokenprune.plugins import builtin, registry
+from tokenprune.plugins import registry
 from tokenprune.plugins.hookspec import HOOKS
 from tokenprune.plugins.manager import build_registry
 
@@ -62,9 +63,9 @@ def test_built_ins_come_through_the_same_door() -> None:
 
 
 def test_a_real_entry_point_is_loaded() -> None:
-    point = EntryPoint("core-again", "tokenprune.plugins.builtin", "tokenprune")
+    point = EntryPoint("core-again", "tokenprune.builtin", "tokenprune")
     offers = build_registry([point], {}).reducers
-    assert {offer.origin for offer in offers} == {"tokenprune.plugins.builtin"}
+    assert {offer.origin for offer in offers} == {"tokenprune.builtin"}
     assert Evict in [offer.plugin.factory for offer in offers]
 
 

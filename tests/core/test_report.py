@@ -71,7 +71,7 @@ def test_parts_of_one_call_are_joined() -> None:
 
 def positions(record: Record) -> list[list[int]]:
     tokens = record.last.tokens
-    pairs = zip(tokens.positions.tolist(), tokens.mask.tolist(), strict=True)
+    pairs = zip(tokens.patches.tolist(), tokens.mask.tolist(), strict=True)
     return [[n for n, real in zip(row, mask, strict=True) if real] for row, mask in pairs]
 
 
@@ -90,9 +90,9 @@ def test_kept_is_a_picture_for_each_row_where_nothing_is_said() -> None:
 def test_pictures_come_before_videos_whatever_their_order_in_the_batch() -> None:
     record = Record()
     done = reduction(batch=3)
-    origins = (Origin(0, "video", patches=4), Origin(1), Origin(0))
+    origins = (Origin(0, "video", patches_per_crop=4), Origin(1), Origin(0))
     record.reduced(done, (8, 8, 8), origins)
-    video, second, first = (tuple(row) for row in done.tokens.positions.tolist())
+    video, second, first = (tuple(row) for row in done.tokens.patches.tolist())
     assert record.report.kept == (
         Kept("image", 0, (0,) * 3, first),
         Kept("image", 1, (0,) * 3, second),
@@ -100,7 +100,7 @@ def test_pictures_come_before_videos_whatever_their_order_in_the_batch() -> None
     )
     assert record.report.kept[2].frame == record.report.kept[2].crop
     assert positions(record) == [list(first), list(second), list(video)]
-    assert record.last.origins == (Origin(0), Origin(1), Origin(0, "video", patches=4))
+    assert record.last.origins == (Origin(0), Origin(1), Origin(0, "video", patches_per_crop=4))
 
 
 def test_rows_that_are_crops_of_one_picture_are_one_entry() -> None:
@@ -111,7 +111,7 @@ def test_rows_that_are_crops_of_one_picture_are_one_entry() -> None:
     record.counted((8, 8, 8), {0: (3, 3, 3), 2: (3, 1, 0)}, origins)
     assert record.report.images == (ImageReport(16, 4), ImageReport(8, 0))
     assert record.report.layers == ((0, 9), (2, 4))
-    base, tile, other = (tuple(row) for row in done.tokens.positions.tolist())
+    base, tile, other = (tuple(row) for row in done.tokens.patches.tolist())
     assert record.report.kept == (
         Kept("image", 0, (0, 0, 0, 1, 1, 1), base + tile),
         Kept("image", 1, (0, 0, 0), other),
@@ -129,7 +129,7 @@ def test_copies_are_not_reported() -> None:
     report = record.report
     assert (report.images, report.layers) == ((ImageReport(8, 3),) * 2, ((0, 6),))
     assert (report.tokens_before, report.tokens_after) == (16, 6)
-    assert [list(each.patch) for each in report.kept] == done.tokens.positions[[0, 2]].tolist()
+    assert [list(each.patch) for each in report.kept] == done.tokens.patches[[0, 2]].tolist()
     assert torch.equal(record.last.plan.anchors, done.plan.anchors[[0, 2]])
     assert record.last.scores is not None
     assert done.scores is not None
@@ -148,8 +148,8 @@ def test_parts_of_unequal_length_are_one_reduction() -> None:
     last = record.last
     assert (last.plan.lengths, last.plan.tokens) == ((3, 3, 4), 8)
     assert last.scores is None  # ToMe has none
-    assert last.positions is not None
-    assert last.positions[2].tolist() == [0, 1, 2, 3, 4, -1, -1, -1]
+    assert last.patches is not None
+    assert last.patches[2].tolist() == [0, 1, 2, 3, 4, -1, -1, -1]
     whole = torch.cat([x, torch.tensor([[5.0, 6, 7, 8, 9, 0, 0, 0]])[:, :, None]])
     mixed = last.plan(whole)
     torch.testing.assert_close(mixed[:2, :3], merged.plan(x))

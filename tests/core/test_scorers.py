@@ -165,14 +165,14 @@ def test_a_picture_scores_the_same_in_any_company(
 
 @given(IDS, SEEDS, st.integers(0, 4))
 def test_padding_and_earlier_evictions_do_not_matter(ident: int, seed: int, pad: int) -> None:
-    """Scores belong to positions, not to slots."""
+    """Scores belong to patches, not to slots."""
     alone = random_scores([ident], 8, seed)
     slots = torch.arange(8 + pad) - pad
     padded = random_scores(
-        [ident], 8 + pad, seed, mask=slots[None] >= 0, positions=slots.clamp(min=0)[None]
+        [ident], 8 + pad, seed, mask=slots[None] >= 0, patches=slots.clamp(min=0)[None]
     )
     assert same_bits(padded[:, pad:], alone)
-    some = random_scores([ident], 3, seed, positions=torch.tensor([[1, 4, 7]]))
+    some = random_scores([ident], 3, seed, patches=torch.tensor([[1, 4, 7]]))
     assert same_bits(some, alone[:, [1, 4, 7]])
 
 

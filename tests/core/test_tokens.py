@@ -20,7 +20,7 @@ def test_what_is_left_out_is_neutral() -> None:
     tokens = VisualTokens.of(FEATURES)
     assert tokens.mask.all()
     assert not tokens.protected.any()
-    assert tokens.positions.tolist() == [[0, 1, 2]] * 2
+    assert tokens.patches.tolist() == [[0, 1, 2]] * 2
     assert tokens.sizes.tolist() == [[1.0] * 3] * 2
     assert tokens.ids.tolist() == [0, 0]
     assert tokens.lengths == (3, 3)
@@ -62,9 +62,7 @@ def test_reducing_takes_everything_along(data: st.DataObject) -> None:
     for row in range(len(reduced.mask)):
         slots = slots_of(plan, row)
         real = reduced.mask[row]
-        assert reduced.positions[row][real].tolist() == [
-            tokens.positions[row, i].item() for i in slots
-        ]
+        assert reduced.patches[row][real].tolist() == [tokens.patches[row, i].item() for i in slots]
         assert reduced.protected[row][real].tolist() == [
             tokens.protected[row, i].item() for i in slots
         ]
@@ -113,8 +111,8 @@ META = torch.zeros(2, 3, 4, device="meta")
             "got torch.bool (3,)",
         ),
         (
-            lambda: VisualTokens.of(FEATURES, positions=torch.zeros(2, 3)),
-            "positions must be torch.int64",
+            lambda: VisualTokens.of(FEATURES, patches=torch.zeros(2, 3)),
+            "patches must be torch.int64",
         ),
         (
             lambda: VisualTokens.of(FEATURES, sizes=torch.ones(2, 3, dtype=torch.float64)),
@@ -148,6 +146,6 @@ def test_errors_say_what_was_expected(make: Callable[[], object], words: str) ->
 
 def test_tokens_are_where_their_features_are() -> None:
     tokens = VisualTokens.of(META)
-    fields: list[Tensor] = [tokens.mask, tokens.positions, tokens.sizes, tokens.protected]
+    fields: list[Tensor] = [tokens.mask, tokens.patches, tokens.sizes, tokens.protected]
     assert {field.device.type for field in [*fields, tokens.ids]} == {"meta"}
     assert tokens.lengths == (3, 3)  # known without asking the device

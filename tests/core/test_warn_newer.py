@@ -11,7 +11,8 @@ import pytest
 
 from core.fakes import FakeAdapter, FakeTowerAdapter, Model, Tower, entry, installed, module_with
 from tokenprune import ModelPlugin, TowerPlugin, attach, observe, versions, watch
-from tokenprune.adapter import Attended, Removable
+from tokenprune.hooks import Removable
+from tokenprune.observation import Attended
 from tokenprune.versions import Library
 
 OLD = Library("torch", "1.0", "1.1", "torch")

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from tokenprune.doctor import Trial
 from tokenprune.plugins import Registry, registry
+from tokenprune.trial import Trial
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from typer.testing import CliRunner, Result
 
 from tokenprune.cli.app import app
 from tokenprune.cli.doctor import verdict
-from tokenprune.cli.loading import CommandError
 from tokenprune.doctor import Comparison, Examination, Version, examine
+from tokenprune.loading import LoadingError
 from tokenprune.plugins import Registry
-from tokenprune_adapters.models.llava import LlavaAdapter
+from tokenprune_adapters.hf.llava import LlavaAdapter
 from tokenprune_adapters.pocket import CHECKPOINT
 
 LLAVA = "LlavaForConditionalGeneration (CLIP)"
@@ -103,7 +103,7 @@ def test_a_folder_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_device_that_is_not_there(words: list[str]) -> None:
     result = CliRunner().invoke(app, ["doctor", "--device", "nonsense", *words])
     assert "cannot use device 'nonsense'" in str(result.exception)
-    assert isinstance(result.exception, CommandError)
+    assert isinstance(result.exception, LoadingError)
 
 
 def test_a_checkpoint_on_which_the_adapter_fails(

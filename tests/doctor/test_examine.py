@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tokenprune import ModelPlugin, UnsupportedError
-from tokenprune.doctor import Examination, Trial, examine, examine_model
+from tokenprune.doctor import Examination, examine, examine_model
 from tokenprune.plugins import registry
 from tokenprune.testing.snapshot import Snapshot
+from tokenprune.trial import Trial
 from tokenprune.versions import LIBRARIES
 
 OURS = ("hf-llava", "hf-llava-next", "hf-video-llava", "open-clip-visual")

@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 from support.llava import tiny_llava
 from tokenprune import Evict, Plan
 from tokenprune.cli.app import app
-from tokenprune.doctor import Answer, Cut, Questions, Trial, examine, examine_model
+from tokenprune.doctor import examine, examine_model
 from tokenprune.plugins import Registry
+from tokenprune.trial import Answer, Cut, Questions, Trial
 from tokenprune_adapters.hf import checks
+from tokenprune_adapters.hf.llava import LlavaAdapter
+from tokenprune_adapters.hf.llm import inner_stages, segment, short_prompt
 from tokenprune_adapters.hf.names import Call
-from tokenprune_adapters.llms import inside, segment, shorten
-from tokenprune_adapters.models.llava import LlavaAdapter
 
 Patch: TypeAlias = pytest.MonkeyPatch
 LLAVA = "LlavaForConditionalGeneration (CLIP)"
@@ -53,8 +54,8 @@ def positions_off_by_one_while_decoding(patch: Patch) -> None:
         moved = {start: replace(s, moved=s.moved + 1) for start, s in states.items()}
         original(cache, moved)
 
-    original = shorten.note
-    patch.setattr(shorten, "note", note)
+    original = short_prompt.note
+    patch.setattr(short_prompt, "note", note)
 
 
 def other_policy_of_positions(patch: Patch) -> None:
@@ -63,16 +64,16 @@ def other_policy_of_positions(patch: Patch) -> None:
         return original(slots, before, past, other, *rest)
 
     original = segment.enter
-    patch.setattr(shorten, "enter", enter)
-    patch.setattr(inside, "enter", enter)
+    patch.setattr(short_prompt, "enter", enter)
+    patch.setattr(inner_stages, "enter", enter)
 
 
 def fillers_forgotten_in_the_cache(patch: Patch) -> None:
     def note(cache: Any, states: dict[int, Any]) -> None:
         original(cache, {start: replace(s, valid=None) for start, s in states.items()})
 
-    original = shorten.note
-    patch.setattr(shorten, "note", note)
+    original = short_prompt.note
+    patch.setattr(short_prompt, "note", note)
 
 
 def an_argument_of_the_cache_renamed(patch: Patch) -> None:
@@ -174,7 +175,7 @@ def test_a_model_that_cannot_be_read_by_hand_is_a_failure(monkeypatch: Patch) ->
     def prompts(*args: Any) -> Any:
         raise AttributeError("'LlamaModel' object has no attribute 'embed'")
 
-    monkeypatch.setattr("tokenprune_adapters.trials.chat.prompts", prompts)
+    monkeypatch.setattr("tokenprune_adapters.hf.trials.chat.prompts", prompts)
     (failed,) = examine().comparisons
     assert (failed.where, failed.reason) == (
         "reading it by hand",

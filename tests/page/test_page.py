@@ -19,7 +19,7 @@ from tokenprune.bench.result import Bench, Row
 from tokenprune.bench.scoring import Mean
 from tokenprune.cli.app import app
 from tokenprune.page import PageError, page_of, write_page
-from tokenprune.page.reading import read_bench
+from tokenprune.page.result_files import read_bench
 
 VOID = {"img", "meta", "br", "hr", "link"}
 Fill = Callable[..., Path]

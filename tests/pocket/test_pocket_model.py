@@ -9,9 +9,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from tokenprune.bench import bench
 from tokenprune.bench import pocket as pocket_vqa
 from tokenprune_adapters import pocket
-from tokenprune_adapters.pocket.language import LanguageLessons
-from tokenprune_adapters.pocket.model import build, build_processor, save
-from tokenprune_adapters.pocket.tower import pixels
+from train_pocket.language import LanguageLessons
+from train_pocket.model import build, build_processor, save
+from train_pocket.tower import pixels
 
 
 def answers(model, processor, pictures, asked, batch: int = 60) -> list[str]:

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from tokenprune_adapters import pocket
-from tokenprune_adapters.pocket import language, train
-from tokenprune_adapters.pocket.loop import Stage
+from train_pocket import language, train
+from train_pocket.loop import Stage
 
 _KILLED = """
 import os, signal, sys

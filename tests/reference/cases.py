@@ -89,8 +89,8 @@ def _plan(reducer: Reducer, picture: Picture, slots: Tensor, width: int) -> Plan
     mask = torch.ones(2, width, dtype=torch.bool)
     mask[1] = False
     mask[1, slots] = True
-    positions = torch.arange(width).repeat(2, 1)
-    positions[1, slots] = torch.arange(tokens)
+    patches = torch.arange(width).repeat(2, 1)
+    patches[1, slots] = torch.arange(tokens)
     sizes = torch.ones(2, width)
     if picture.sizes is not None:
         sizes[1, slots] = picture.sizes
@@ -106,5 +106,5 @@ def _plan(reducer: Reducer, picture: Picture, slots: Tensor, width: int) -> Plan
         )
         spread[1] = spread[1].index_copy(axis - 1, slots, answer[0])
         signals[signal] = spread
-    given = VisualTokens.of(rows, mask=mask, positions=positions, sizes=sizes)
+    given = VisualTokens.of(rows, mask=mask, patches=patches, sizes=sizes)
     return reducer.plan(given, scores, Signals(signals))

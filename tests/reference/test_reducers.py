@@ -343,7 +343,7 @@ def test_cells_of_a_pool_are_even_rectangles(grid: tuple[int, int]) -> None:
 
 def test_tokens_that_fill_no_grid_are_pooled_in_runs() -> None:
     x = torch.randn(1, 9, 2)
-    broken = VisualTokens.of(x, positions=torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 20]]))
+    broken = VisualTokens.of(x, patches=torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 20]]))
     plan = Pool(3).plan(broken, None, Signals())
     assert plan.source().tolist() == [[0, 0, 0, 1, 1, 1, 2, 2, 2]]
     whole = Pool(3).plan(VisualTokens.of(x), None, Signals())

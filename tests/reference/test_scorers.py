@@ -47,8 +47,8 @@ def score(scorer: Scorer, x: Tensor, signals: dict[Signal, Tensor] | None = None
     rows[1, slots] = x
     mask = torch.zeros(2, width, dtype=torch.bool)
     mask[0], mask[1, slots] = True, True
-    positions = torch.arange(width).repeat(2, 1)
-    positions[1, slots] = torch.arange(tokens)
+    patches = torch.arange(width).repeat(2, 1)
+    patches[1, slots] = torch.arange(tokens)
     spread: dict[Signal, Tensor] = {}
     for signal, answer in signals.items():
         axes = signal.axes.split()
@@ -60,7 +60,7 @@ def score(scorer: Scorer, x: Tensor, signals: dict[Signal, Tensor] | None = None
         spread[signal] = answer.new_full(shape, torch.nan)
         spread[signal][0] = 0.1
         spread[signal][1] = spread[signal][1].index_copy(axis - 1, slots, answer[0])
-    among = scorer.score(VisualTokens.of(rows, mask=mask, positions=positions), Signals(spread))
+    among = scorer.score(VisualTokens.of(rows, mask=mask, patches=patches), Signals(spread))
     assert alone.dtype == among.dtype == torch.float32
     assert torch.equal(alone[0], among[1, slots])
     return alone[0].double().numpy()

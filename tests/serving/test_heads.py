@@ -11,8 +11,8 @@ import tokenprune
 from support import two_ranks
 from support.sharded_clip import ShardedClip, pictures, tower
 from tokenprune import ClsAttention, Keys, ReceivedAttention, parse
-from tokenprune_adapters.vllm_serving.heads import gather_heads
-from tokenprune_adapters.vllm_serving.tower import ClipTaps
+from tokenprune_adapters.vllm.heads import gather_heads
+from tokenprune_adapters.vllm.tower import ClipTaps
 
 SPECS = [
     "cls-attention(layers=3) | evict(6)",

@@ -7,7 +7,7 @@ import torch
 
 from tokenprune import BudgetError, UnsupportedError
 from tokenprune_adapters import pocket
-from tokenprune_adapters.vllm_serving.options import (
+from tokenprune_adapters.vllm.request_options import (
     EngineError,
     OptionError,
     Options,

@@ -9,7 +9,7 @@ import pytest
 
 from tokenprune import UnsupportedError
 from tokenprune.versions import library
-from tokenprune_adapters.vllm_serving.parents import check_parents, overrides
+from tokenprune_adapters.vllm.parents import check_parents, overrides
 
 RUN = tuple(map(int, library("vllm").newest.split(".")))
 

@@ -32,8 +32,8 @@ from tokenprune import (
     parse,
 )
 from tokenprune.signals import ClsAttention, JointClsAttention, Keys
-from tokenprune_adapters import vllm_serving
-from tokenprune_adapters.vllm_serving.served import ARCHITECTURE, KEY, Served, check_engine
+from tokenprune_adapters import vllm
+from tokenprune_adapters.vllm.settings import ARCHITECTURE, KEY, Served, check_engine
 
 TOKENS = 64
 
@@ -266,19 +266,19 @@ def test_vllm_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
         if each.name == "tokenprune"
     ]
     register = entry.load()
-    assert register is vllm_serving.register
+    assert register is vllm.register
     register()
     known[ARCHITECTURE] += " "
     register()
     module, name = known[ARCHITECTURE].strip().split(":")
-    assert (module, name) == ("tokenprune_adapters.vllm_serving.llava", ARCHITECTURE)
+    assert (module, name) == ("tokenprune_adapters.vllm.llava", ARCHITECTURE)
     assert known[ARCHITECTURE].endswith(" ")  # a second call changed nothing
 
 
 def test_the_plugin_is_light() -> None:
     """Every process that vLLM starts imports it."""
     code = (
-        "import sys, tokenprune_adapters.vllm_serving;"
+        "import sys, tokenprune_adapters.vllm;"
         "print([m for m in ('vllm', 'transformers', 'PIL') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

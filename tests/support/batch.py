@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import torch
 
 import tokenprune
+from tokenprune.batch.answerer import Answerer, Columns
 from tokenprune_adapters import pocket
-from tokenprune_adapters.batch.answerer import Answerer, Columns
 
 SPEC = "vtc-cls(keep=14)"
 

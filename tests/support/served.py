@@ -26,7 +26,7 @@ import torch
 import tokenprune
 from tokenprune import Strategy, parse
 from tokenprune_adapters import pocket
-from tokenprune_adapters.vllm_serving import ARCHITECTURE, KEY
+from tokenprune_adapters.vllm import ARCHITECTURE, KEY
 
 PATIENCE = 900
 """Seconds within which a server must be up, on a busy machine."""

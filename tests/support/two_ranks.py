@@ -11,7 +11,7 @@ from torch import Tensor, distributed, multiprocessing
 from support.sharded_clip import ShardedClip, pictures, tower
 from tokenprune import VisualTokens, parse
 from tokenprune.signals import Signals
-from tokenprune_adapters.vllm_serving.tower import ClipTaps
+from tokenprune_adapters.vllm.tower import ClipTaps
 
 RANKS = 2
 

@@ -33,52 +33,52 @@ class Fate:
     def of(
         cls,
         plan: Plan,
-        positions: Tensor | None = None,
+        patches: Tensor | None = None,
         rows: Sequence[int] = (0,),
         crops: int = 1,
-        patches: int | None = None,
+        per_crop: int | None = None,
     ) -> Fate:
         """Read from a plan.
 
         Args:
             plan: what was decided.
-            positions: `(batch, tokens)` int64, the crop times patches plus patch of each slot, -1
-                for padding, as in `Reduction.positions`; None where slots are the patches of one
-                crop in raster order.
+            patches: `(batch, tokens)` int64, the crop times patches per crop plus patch of each
+                slot, -1 for padding, as in `Reduction.patches`; None where slots are the patches
+                of one crop in raster order.
             rows: the row of the plan that is the picture; where budgets are per crop, those of its
                 crops in order.
             crops: of the picture.
-            patches: of a crop; None for as many as the plan has slots.
+            per_crop: number of patches of a crop; None for as many as the plan has slots.
 
         Raises:
-            ShapeError: rows, positions or patches do not fit the plan.
+            ShapeError: rows or patches do not fit the plan.
         """
         batch, kept = plan.anchors.shape
-        patches = plan.tokens if patches is None else patches
+        per_crop = plan.tokens if per_crop is None else per_crop
         if not all(0 <= row < batch for row in rows) or len(rows) not in (1, crops):
             wanted = ", ".join(map(str, rows))
             raise ShapeError(
                 f"row must be in [0, {batch}), one for a picture or for each of its {crops} crops, "
                 f"got {wanted or 'none'}"
             )
-        if positions is None:
-            positions = plan.anchors.new_tensor(range(plan.tokens)).expand(batch, -1)
-        inside = patches * (crops if len(rows) == 1 else 1)
-        largest = int(positions[list(rows)].max()) if positions.numel() else 0
-        if tuple(positions.shape) != (batch, plan.tokens) or largest >= inside:
+        if patches is None:
+            patches = plan.anchors.new_tensor(range(plan.tokens)).expand(batch, -1)
+        inside = per_crop * (crops if len(rows) == 1 else 1)
+        largest = int(patches[list(rows)].max()) if patches.numel() else 0
+        if tuple(patches.shape) != (batch, plan.tokens) or largest >= inside:
             raise ShapeError(
-                f"positions must have axes (batch tokens) = {(batch, plan.tokens)} and be below "
-                f"{inside}, got {tuple(positions.shape)} up to {largest}"
+                f"patches must have axes (batch tokens) = {(batch, plan.tokens)} and be below "
+                f"{inside}, got {tuple(patches.shape)} up to {largest}"
             )
-        of_patch: list[int | None] = [None] * (patches * crops)
+        of_patch: list[int | None] = [None] * (per_crop * crops)
         source = plan.source()
         for number, row in enumerate(rows):
-            first = number * patches
-            for position, goal in zip(positions[row].tolist(), source[row].tolist(), strict=True):
-                if position >= 0:
-                    of_patch[first + position] = goal + number * kept if goal >= 0 else DROPPED
+            first = number * per_crop
+            for patch, goal in zip(patches[row].tolist(), source[row].tolist(), strict=True):
+                if patch >= 0:
+                    of_patch[first + patch] = goal + number * kept if goal >= 0 else DROPPED
         return cls(
-            tuple(tuple(of_patch[n * patches : (n + 1) * patches]) for n in range(crops)),
+            tuple(tuple(of_patch[n * per_crop : (n + 1) * per_crop]) for n in range(crops)),
         )
 
     @cached_property

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from ..attach import attach, watch
 from ..bench.data import DataError, Sample
-from ..bench.prompting import prompter
 from ..bench.scoring import Mean, mean
 from ..bench.setting import setting
 from ..errors import ShapeError, SpecError, UnsupportedError
 from ..placement import BeforeLLM, Placement
 from ..plugins import registry
+from ..prompts import prompter
 from ..reducers import Evict
 from ..scorers import ClsAttentionScorer, RandomScorer
 from ..signals import Signal, Signals
@@ -244,22 +244,22 @@ def _answer(model: PreTrainedModel, inputs: Any, max_new_tokens: int, told: _Tol
         output = model.generate(
             **inputs, max_new_tokens=max_new_tokens + 1, do_sample=False, num_beams=1
         )
-        places, steps = attended.places.cpu(), attended.steps.cpu()
-    if places.shape[0] != rows or any(len(look.seen) != 1 for look in looks):
+        patches, steps = attended.patches.cpu(), attended.steps.cpu()
+    if patches.shape[0] != rows or any(len(look.seen) != 1 for look in looks):
         raise UnsupportedError(
             f"scores and attention can be compared for one picture in each prompt, but {rows} "
-            f"prompts have {places.shape[0]} pictures"
+            f"prompts have {patches.shape[0]} pictures"
         )
     ends = _ends(model)
     answers = _lengths(output[:, length:].cpu(), ends, max_new_tokens)
-    order = _by_place(places, places >= 0)
-    mask = (places >= 0).gather(1, order)
+    order = _by_patch(patches, patches >= 0)
+    mask = (patches >= 0).gather(1, order)
     scores: dict[str, Tensor] = {}
     for look in looks:
         tokens, found = look.seen[0]
-        seen, real = tokens.positions.cpu(), tokens.mask.cpu()
-        same = _by_place(seen, real)
-        if not torch.equal(seen.masked_fill(~real, -1).gather(1, same), places.gather(1, order)):
+        seen, real = tokens.patches.cpu(), tokens.mask.cpu()
+        same = _by_patch(seen, real)
+        if not torch.equal(seen.masked_fill(~real, -1).gather(1, same), patches.gather(1, order)):
             raise UnsupportedError(
                 f"the adapter of {type(model).__name__} tells what other patches got than those "
                 "which it shows to scorers"
@@ -293,9 +293,9 @@ def output_attention(steps: Tensor, answers: Sequence[int]) -> Tensor:
     return torch.stack([steps[1 : 1 + count, n].mean(0) for n, count in enumerate(answers)])
 
 
-def _by_place(places: Tensor, mask: Tensor) -> Tensor:
-    """`(images, tokens)` int64 order of tokens by their place, padding last."""
-    return places.masked_fill(~mask, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
+def _by_patch(patches: Tensor, mask: Tensor) -> Tensor:
+    """`(images, tokens)` int64 order of tokens by their patch, padding last."""
+    return patches.masked_fill(~mask, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
 
 
 def _ends(model: PreTrainedModel) -> list[int]:

@@ -72,7 +72,7 @@ def overlay(
 def overlay_crops(
     crops: Sequence[Image.Image],
     plan: Plan,
-    positions: Tensor,
+    patches: Tensor,
     grid: Grid,
     tiles: Grid,
     rows: Sequence[int] = (0,),
@@ -86,8 +86,8 @@ def overlay_crops(
     Args:
         crops: what the model saw: the base view, then the tiles by rows.
         plan: what became of the visual tokens.
-        positions: `(batch, tokens)` int64, the crop times patches per crop plus patch of each slot
-            of the plan: `Reduction.positions`.
+        patches: `(batch, tokens)` int64, the crop times patches per crop plus patch of each slot
+            of the plan: `Reduction.patches`.
         grid: patches in height and width of a crop.
         tiles: tiles in height and width.
         rows: the row of the plan that is the picture; where budgets are per crop, those of its
@@ -98,7 +98,7 @@ def overlay_crops(
         ShapeError: the crops are not as many as the tiles and the base view, or the plan is for
             other tokens.
     """
-    fate = Fate.of(plan, positions, rows, len(crops), grid[0] * grid[1])
+    fate = Fate.of(plan, patches, rows, len(crops), grid[0] * grid[1])
     return draw_fate(crops, fate, grid, tiles, scale)
 
 

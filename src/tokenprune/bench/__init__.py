@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from ..attach import attach
 from ..errors import ShapeError, UnsupportedError
-from .asking import ask
 from .data import DataError, Sample, pocket, read
 from .entrants import Entrant, Given, enter
 from .result import Bench, Row, answers, rows
+from .rounds import ask
 from .scoring import Mean
 from .setting import setting
 
@@ -138,7 +138,7 @@ def compete(
     Raises:
         DataError: no samples, or one without answers.
     """
-    from .prompting import prompter
+    from ..prompts import prompter
 
     if not samples:
         raise DataError("a bench needs at least one question")

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import TokenpruneError
 from ..folders import list_pictures
 from ..pictures import PictureError, read_picture
+from ..shipped_adapters import pocket_model
 
 DESCRIBE = "Describe the image in one sentence."
 _NAMED = 5  # files that a message names before it counts
@@ -107,13 +108,12 @@ def pocket(full: bool = False) -> list[Sample]:
     Args:
         full: 2,089 questions about 500 pictures; else 300 of them, of all types alike.
     """
-    from tokenprune_adapters.pocket import draw, questions
-
+    task = pocket_model()
     samples = []
     for number in range(500):
-        scene = draw(number)
+        scene = task.draw(number)
         truth = torch.from_numpy(scene.object_scores.reshape(-1))
-        for place, one in enumerate(questions(scene)):
+        for place, one in enumerate(task.questions(scene)):
             if (place + 2 * number) % 5 < 2:  # types take turns, yes and no too
                 name = f"pocket-{number}-{place}"
                 group = f"pocket-{number}"

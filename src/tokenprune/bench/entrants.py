@@ -76,7 +76,7 @@ class Given(Scorer):
         if len(self.rows) != len(tokens.mask):
             raise SpecError(f"scores of {len(self.rows)} pictures, but {len(tokens.mask)} came")
         known = pad_sequence(self.rows, batch_first=True).to(tokens.features.device)
-        return known.gather(1, tokens.positions.clamp(max=known.shape[1] - 1))
+        return known.gather(1, tokens.patches.clamp(max=known.shape[1] - 1))
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 
 from ..budget import Keep
 from ..jsonable import jsonable
-from .asking import Record
 from .data import Sample
 from .entrants import Entrant
 from .match import credit, plain
+from .rounds import Record
 from .scoring import Mean, balanced, f1, mean
 
 FORMAT = 1

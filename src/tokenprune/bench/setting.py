@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .._version import __version__
 from .data import Sample
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ def setting(
         data: name of the samples.
     """
     import transformers
-
-    from .. import __version__
 
     return {
         "model": name or type(model).__name__,

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ..errors import UnsupportedError
+from ..prompts import prompter
 from ..spec import parse_schedule
-from .asking import Record, ask
-from .bound import lower_bound, trials_needed
 from .data import DataError, Sample
 from .entrants import Entrant, adjustable, with_budget
+from .lower_bound import lower_bound, trials_needed
 from .match import plain
-from .prompting import prompter
+from .rounds import Record, ask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import AttachError
+from ..loading import Loaded
 from ..report import Report
 from ..strategy import Reduction
-from .loading import CommandError, Loaded
+from .errors import CommandError
 from .timing import attached
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..folders import PassedOver
 from .console import console
-from .loading import CommandError
+from .errors import CommandError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tokenprune_adapters.batch.workers import Engine
+    from tokenprune.batch.workers import Engine
 
 SHOWN = 10
 COUNTED = ("tokens_before", "tokens_after")
@@ -48,9 +48,9 @@ def run(request: Request) -> None:
         raise CommandError(
             f"reading and writing rows needs pyarrow: pip install 'tokenprune-vlm[batch]' ({error})"
         ) from error
-    from tokenprune_adapters.batch import Answerer
-    from tokenprune_adapters.batch.rows import read_rows
-    from tokenprune_adapters.batch.work import answer_all
+    from tokenprune.batch import Answerer
+    from tokenprune.batch.rows import read_rows
+    from tokenprune.batch.work import answer_all
 
     output = _output(request)
     rows = read_rows(request.input, request.prompt)
@@ -97,8 +97,8 @@ def _output(request: Request) -> Path:
 
 
 def _engine(request: Request) -> Engine:
-    from tokenprune_adapters.batch.on_ray import OnRay
-    from tokenprune_adapters.batch.workers import Here, Processes
+    from tokenprune.batch.on_ray import OnRay
+    from tokenprune.batch.workers import Here, Processes
 
     if request.ray is not None:
         return OnRay(request.ray, request.workers, request.batch_size, request.save_every)

@@ -12,8 +12,10 @@ from rich.table import Table
 from ..bench import Bench, Row, Sample, bench, pocket, read
 from ..bench.entrants import enter
 from ..bench.plots import plot
+from ..loading import Loaded, load
+from ..shipped_adapters import pocket_model
 from .console import console, milliseconds, size, table
-from .loading import CommandError, Loaded, load, quiet
+from .errors import CommandError
 
 POCKET = "pocket"
 DEFAULT = ("vtc-cls", "tome")
@@ -99,14 +101,7 @@ def model_named(name: str, device: str, dtype: str) -> Loaded:
     """The shipped miniature model, or a checkpoint."""
     if name != POCKET:
         return load(name, device, dtype)
-    try:
-        from tokenprune_adapters.pocket import CHECKPOINT
-    except ImportError as error:
-        raise CommandError(
-            f"the pocket model needs the extra hf: pip install 'tokenprune-vlm[hf]' ({error})"
-        ) from error
-    quiet()
-    return load(str(CHECKPOINT), "cpu" if device == "auto" else device, dtype)
+    return load(str(pocket_model().CHECKPOINT), "cpu" if device == "auto" else device, dtype)
 
 
 def longest(model: str, tokens: int | None) -> int:

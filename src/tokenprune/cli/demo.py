@@ -13,15 +13,16 @@ from rich.table import Table
 from ..analysis.canvas import magnify, picture_of, times
 from ..analysis.overlay import overlay
 from ..analysis.sheet import side_by_side
+from ..loading import Loaded, quiet
 from ..plan import Plan
+from ..shipped_adapters import pocket_model
 from .answer import Answer, answer
 from .console import console, milliseconds, size, table
 from .drawing import write_picture
-from .loading import CommandError, Loaded, quiet
 from .timing import Timing, explained, measure
 
 if TYPE_CHECKING:
-    from tokenprune_adapters.pocket import Question
+    from ..shipped_adapters import Question
 
 BUDGETS = (28, 14, 7)
 """Of 64 visual tokens: the shares that 256, 128 and 64 are of LLaVA-1.5's 576."""
@@ -58,18 +59,12 @@ def demo(out: Path, seed: int, runs: int) -> None:
         seed: of the picture, which the model has never seen.
         runs: timed runs; 0 measures nothing.
     """
-    try:
-        from tokenprune_adapters import pocket
-        from tokenprune_adapters.pocket import prompt
-    except ImportError as error:
-        raise CommandError(
-            f"the demo needs the extra hf: pip install 'tokenprune-vlm[hf,cli]' ({error})"
-        ) from error
+    pocket = pocket_model()
     quiet()
     loaded = Loaded(*pocket.load())
     scene = pocket.draw(seed)
     asked = pocket.questions(scene)
-    inputs = [loaded.inputs(scene.picture, prompt(question)) for question in asked]
+    inputs = [loaded.inputs(scene.picture, pocket.prompt(question)) for question in asked]
 
     columns = [
         Column(title, tuple(answer(loaded, each, spec, tokens=1) for each in inputs))  # one word

@@ -17,8 +17,9 @@ from torch import nn
 
 from ..doctor import Comparison, Examination, Version, examine, examine_model
 from ..jsonable import jsonable
+from ..loading import load_model, quiet, usable_device
+from ..shipped_adapters import pocket_model
 from .console import console, table
-from .loading import load_model, quiet, usable_device
 
 POCKET = "pocket"
 COLORS = {"ok": "green", "failed": "red", "refused": "red", "unclear": "yellow"}
@@ -61,9 +62,7 @@ def _examined(request: Request, out: Console) -> Examination:
 
 def _loaded(name: str, device: str, dtype: str) -> nn.Module:
     if name == POCKET:
-        from tokenprune_adapters import pocket
-
-        name = str(pocket.CHECKPOINT)
+        name = str(pocket_model().CHECKPOINT)
     model: nn.Module = load_model(name, device, dtype)
     return model
 

@@ -16,9 +16,10 @@ from ..analysis.fate import DROPPED, Fate
 from ..analysis.heat import heat_crops
 from ..analysis.overlay import draw_fate
 from ..errors import UnsupportedError
-from ..kept import Kept
+from ..kept_patches import Kept
+from ..loading import Loaded
 from ..strategy import Reduction
-from .loading import CommandError, Loaded
+from .errors import CommandError
 
 DESCRIPTION = "Description"
 """The field of a PNG that says in words what it shows; pages use it as alternative text."""
@@ -95,13 +96,13 @@ class Seen:
         fate = self.fate(reduction)
         values = [math.nan] * (self.patches * len(self.crops))
         rows = self._rows(reduction)
-        assert reduction.positions is not None
+        assert reduction.patches is not None
         for number, row in enumerate(rows):
-            pairs = zip(reduction.positions[row].tolist(), scores[row].tolist(), strict=True)
-            for position, score in pairs:
-                where = number * self.patches + position
+            pairs = zip(reduction.patches[row].tolist(), scores[row].tolist(), strict=True)
+            for shown, score in pairs:
+                where = number * self.patches + shown
                 crop, patch = divmod(where, self.patches)
-                if position >= 0 and fate.crops[crop][patch] is not None:
+                if shown >= 0 and fate.crops[crop][patch] is not None:
                     values[where] = score
         of_crops = [values[start : start + self.patches] for start in self._starts]
         return heat_crops(self.crops, of_crops, self.grid, self.tiles, scale)
@@ -109,7 +110,7 @@ class Seen:
     def fate(self, reduction: Reduction) -> Fate:
         """What became of every patch."""
         rows, crops = self._rows(reduction), len(self.crops)
-        return Fate.of(reduction.plan, reduction.positions, rows, crops, self.patches)
+        return Fate.of(reduction.plan, reduction.patches, rows, crops, self.patches)
 
     @property
     def _starts(self) -> range:

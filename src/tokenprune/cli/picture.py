@@ -13,8 +13,11 @@ from torch import Tensor
 from ..analysis.sheet import Panel, sheet, stacked
 from ..attach import attach
 from ..errors import SpecError, UnsupportedError
+from ..loading import Loaded
+from ..pictures import read_picture
 from ..placement import BeforeLLM
 from ..reducers import Evict
+from ..shipped_adapters import feature_layer, pocket_model
 from ..signals import ClsAttention, Signal, Signals
 from ..spec import parse_schedule, spec_of
 from ..strategy import Reduction, Scorer, Stage, Strategy
@@ -23,7 +26,7 @@ from .answer import Answer, answer
 from .bench import POCKET, longest, model_named
 from .console import console
 from .drawing import Seen, check_writable, write_picture
-from .loading import CommandError, Loaded, open_picture
+from .errors import CommandError
 
 KEPT = ("vtc-cls(keep=0.22)", "random(keep=0.22)", "tome(keep=0.22)")
 SCORED = ("cls-attention", "received-attention(layers=1)", "similarity", "fastv @ after-layer(2)")
@@ -116,13 +119,8 @@ def run_picture(request: Request) -> Image.Image:
 def _asked(request: Request) -> tuple[Image.Image, str, str | None]:
     """The picture, what to ask about it, and the answer where it is known."""
     if request.image is not None:
-        return open_picture(request.image), request.prompt or QUESTION, None
-    try:
-        from tokenprune_adapters import pocket
-    except ImportError as error:
-        raise CommandError(
-            f"drawing a picture needs the extra hf: pip install 'tokenprune-vlm[hf,cli]' ({error})"
-        ) from error
+        return read_picture(request.image), request.prompt or QUESTION, None
+    pocket = pocket_model()
     scene = pocket.draw(request.seed)
     if request.prompt is not None:
         return scene.picture, request.prompt, None
@@ -202,8 +200,6 @@ def _scored(seen: Seen, spec: str, given: Answer, scale: int) -> Panel:
 
 def _layers(loaded: Loaded, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Reduction]]:
     """[CLS] attention, mean over heads, of each vision layer up to the one that gives features."""
-    from tokenprune_adapters.hf.anatomy import feature_layer
-
     config = loaded.model.config
     last = feature_layer(config) % config.vision_config.num_hidden_layers
     witness = _Witness(ClsAttention(tuple(range(last + 1))))

@@ -8,12 +8,14 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from ..loading import load
+from ..pictures import read_picture
 from ..report import Report
 from ..spec import parse_schedule, spec_of
 from .answer import Answer, answer
 from .console import console, milliseconds, size, table
 from .drawing import Seen, check_writable, write_picture
-from .loading import CommandError, load, open_picture
+from .errors import CommandError
 from .timing import Timing, explained, measure
 
 SIDE = 384
@@ -45,7 +47,7 @@ def run(request: Request) -> None:
         if len(stages) > 1:
             raise CommandError(f"an overlay shows one stage, the spec has {len(stages)}")
     spec = "; ".join(map(spec_of, stages))
-    picture = open_picture(request.image)
+    picture = read_picture(request.image)
     loaded = load(request.model, request.device, request.dtype)
     inputs = loaded.inputs(picture, loaded.text(request.prompt))
 

@@ -11,7 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from ..bench.tuning import CANDIDATES, CONFIRMED, KEEPS, Cost, Trial, Tuned, tune
 from .bench import budgets, longest, model_named, questions
 from .console import console, milliseconds, table
-from .loading import CommandError
+from .errors import CommandError
 
 
 @dataclass(frozen=True)

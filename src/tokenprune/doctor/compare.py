@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..attach import attach
 from ..errors import UnsupportedError
+from ..trial import Answer, Cut, Questions, Trial
 from .report import Comparison, Outcome
-from .trial import Answer, Cut, Questions, Trial
 
 CLEAR = 1.5
 """A wrong plan must move logits by so many times what is allowed, or nothing is shown."""

@@ -10,10 +10,10 @@ from torch import nn
 
 from ..errors import PluginError, UnsupportedError
 from ..plugins import ModelPlugin, registry
+from ..trial import Trial
 from ..wrappers import unwrapped
 from .compare import compare, compare_model, failure
 from .report import Comparison, Examination
-from .trial import Trial
 
 Progress = Callable[[str], None]
 """Called with the name of each model before it is compared."""

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from .._version import __version__
 from ..versions import LIBRARIES, Library
 
 Outcome: TypeAlias = Literal["ok", "failed", "refused", "unclear", "not installed", "no trial"]
@@ -100,8 +101,6 @@ class Examination:
         checkpoint: str = "",
     ) -> Examination:
         """Findings on this machine."""
-        from .. import __version__
-
         name = str(device)
         if device.type == "cuda":
             name += f" ({torch.cuda.get_device_name(device)})"

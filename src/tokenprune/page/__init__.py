@@ -8,6 +8,6 @@
 from __future__ import annotations
 
 from .document import page_of, write_page
-from .reading import PageError
+from .result_files import PageError
 
 __all__ = ["PageError", "page_of", "write_page"]

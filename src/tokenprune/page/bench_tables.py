@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ..bench.result import Bench, Row
-from .figures import NONE, count, milliseconds, percent, size, with_error
+from .blocks import Section, bar, facts, row, table
 from .markup import Html, join, tag
-from .parts import Section, bar, facts, row, table
+from .numbers import NONE, count, milliseconds, percent, size, with_error
 
 _KINDS = {
     "floor": "a method must beat it to be worth its name",

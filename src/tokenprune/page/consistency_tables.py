@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ..analysis.curves import Consistency, Curve
 from ..bench.scoring import Mean
-from .figures import NONE, with_error
+from .blocks import Section, row, table
 from .markup import Html, join
-from .parts import Section, row, table
+from .numbers import NONE, with_error
 
 _ASKING = {
     "output": "what the output tokens attend to (VTC-CLS, equation 4)",

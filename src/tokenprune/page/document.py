@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from .bench_tables import bench_facts, bench_sections, explained
+from .blocks import Section, facts
 from .consistency_tables import consistency_section
 from .markup import Html, join, tag
-from .parts import Section, facts
 from .pictures import AGREEMENT, PLOTS, figure, figures, pictures_in
-from .reading import PageError, read_analysis, read_bench
+from .result_files import PageError, read_analysis, read_bench
 
 STYLE = Path(__file__).with_name("style.css")
 

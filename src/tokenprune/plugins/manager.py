@@ -169,6 +169,6 @@ def _collect(
 @lru_cache(maxsize=1)
 def registry() -> Registry:
     """What is installed, found once per process; `registry.cache_clear()` looks again."""
-    from . import builtin
+    from .. import builtin
 
     return build_registry(entry_points(group=PROJECT), {"tokenprune": builtin})

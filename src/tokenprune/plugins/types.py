@@ -12,8 +12,8 @@ from ..errors import PluginError
 
 if TYPE_CHECKING:
     from ..adapter import ModelAdapter, TowerAdapter
-    from ..doctor.trial import Trial
     from ..strategy import Reducer, Scorer
+    from ..trial import Trial
 
 _KEBAB = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 

@@ -13,7 +13,7 @@ from ..plan import Plan
 from ..signals import Signal, Signals
 from ..strategy import Reducer
 from ..tokens import VisualTokens
-from .rows import Metric, check_metric, column, kept_counts, metric_of, metric_signals, minus
+from .kept_counts import Metric, check_metric, column, kept_counts, metric_of, metric_signals, minus
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ..plan import Plan
 from ..signals import Signals
 from ..strategy import Reducer
 from ..tokens import VisualTokens
-from .rows import first_of, kept_counts, ranked
+from .kept_counts import first_of, kept_counts, ranked
 
 
 @dataclass(frozen=True)

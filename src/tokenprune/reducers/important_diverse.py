@@ -19,7 +19,7 @@ from ..plan import Plan
 from ..signals import Signals
 from ..strategy import Reducer
 from ..tokens import VisualTokens
-from .rows import column, features_of, first_of, kept_counts, marked_first, minus, ranked
+from .kept_counts import column, features_of, first_of, kept_counts, marked_first, minus, ranked
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ..plan import Plan
 from ..signals import Signals
 from ..strategy import Reducer
 from ..tokens import VisualTokens
-from .rows import Free, column, kept_counts, minus
+from .kept_counts import Free, column, kept_counts, minus
 
 _COARSE = 2.0**-10
 """Distances to centers are quotients, so they are compared 2^10 times coarser than they are."""

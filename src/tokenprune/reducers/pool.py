@@ -14,7 +14,7 @@ from ..plan import Plan
 from ..signals import Signals
 from ..strategy import Reducer
 from ..tokens import VisualTokens
-from .rows import Free, column, kept_counts, minus
+from .kept_counts import Free, column, kept_counts, minus
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ class Pool(Budgeted, Reducer):
 
 
 def _unbroken(tokens: VisualTokens, free: Free) -> Tensor:
-    """`(batch, 1)` bool: whether the free tokens of a row have successive positions."""
+    """`(batch, 1)` bool: whether the free tokens of a row are successive patches."""
     far = torch.iinfo(torch.int64).max
-    low = tokens.positions.masked_fill(~free.mask, far).amin(1)
-    high = tokens.positions.masked_fill(~free.mask, -1).amax(1)
+    low = tokens.patches.masked_fill(~free.mask, far).amin(1)
+    high = tokens.patches.masked_fill(~free.mask, -1).amax(1)
     return (high - low + 1 == column(free.lengths, low.device)[:, 0])[:, None]
 
 

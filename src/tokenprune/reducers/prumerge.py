@@ -18,7 +18,7 @@ from ..plan import Plan
 from ..signals import ClsAttention, JointClsAttention, Keys, Signal, Signals
 from ..strategy import Reducer
 from ..tokens import VisualTokens
-from .rows import Free, column, first_of, kept_counts, marked_first, minus
+from .kept_counts import Free, column, first_of, kept_counts, marked_first, minus
 
 Heads: TypeAlias = Literal["joint", "mean"]
 """How the heads of an attention row become one: as one head over all channels, or their mean."""

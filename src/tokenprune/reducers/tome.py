@@ -14,7 +14,7 @@ from ..plan import Plan
 from ..signals import Signal, Signals
 from ..strategy import Reducer
 from ..tokens import VisualTokens
-from .rows import (
+from .kept_counts import (
     Free,
     Metric,
     check_metric,

@@ -63,7 +63,7 @@ class FoPruScorer(Scorer):
     def _row_means(self, significance: Tensor, tokens: VisualTokens) -> Tensor:
         columns = [self.columns or math.isqrt(max(n - 1, 0)) + 1 for n in tokens.lengths]
         width = torch.tensor(columns, device=significance.device)[:, None]
-        row = tokens.positions.div(width, rounding_mode="floor")
+        row = tokens.patches.div(width, rounding_mode="floor")
         same = (row[:, :, None] == row[:, None, :]) & tokens.mask[:, None, :]
         total = torch.where(same, wide(significance)[:, None, :], 0).sum(2)
         mean: Tensor = (total / same.sum(2).clamp(min=1)).float()

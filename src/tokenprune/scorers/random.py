@@ -17,7 +17,7 @@ from ..tokens import VisualTokens
 class RandomScorer(Scorer):
     """Independent uniform scores in [0, 1), from a seed.
 
-    Counter-based, from seed, image (`VisualTokens.ids`) and position: the same picture gets the
+    Counter-based, from seed, image (`VisualTokens.ids`) and patch: the same picture gets the
     same scores alone, in a batch, padded, and on any device, the sets are nested in the budget,
     and no global state is touched.
 
@@ -31,4 +31,4 @@ class RandomScorer(Scorer):
         check_whole("seed", self.seed, 0)
 
     def score(self, tokens: VisualTokens, signals: Signals) -> Tensor:
-        return uniform(self.seed, tokens.ids, tokens.positions)
+        return uniform(self.seed, tokens.ids, tokens.patches)

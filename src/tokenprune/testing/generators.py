@@ -117,7 +117,7 @@ def visual_tokens(
     return VisualTokens.of(
         features,
         mask=mask,
-        positions=((mask.cumsum(1) - 1).clamp(min=0) * gaps + first).masked_fill(~mask, 0),
+        patches=((mask.cumsum(1) - 1).clamp(min=0) * gaps + first).masked_fill(~mask, 0),
         sizes=_marks(draw, mask, (1.0, 1.0, 2.0, 7.0))
         if sizes and draw(st.integers(0, 2))
         else None,

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..signals import Signal, Signals
 from ..tokens import VisualTokens
 
-FIELDS = ("features", "mask", "positions", "sizes", "protected", "ids")
+FIELDS = ("features", "mask", "patches", "sizes", "protected", "ids")
 """The tensors of `VisualTokens`."""
 
 

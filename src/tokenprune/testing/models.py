@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..adapter import Removable
 from ..attach import Attachment, attach
 from ..budget import Keep
 from ..errors import TokenpruneError, UnsupportedError
+from ..hooks import Removable
 from ..placement import AfterLayer, Placement
 from ..plugins import registry
 from ..reducers import Evict

@@ -143,7 +143,7 @@ def check_p5_keeping_everything_is_identity(case: ReducerCase) -> None:
         reduced = inputs.tokens.reduce(plan)
         for row in inputs.rows:
             real = inputs.real(row)
-            for name in ("features", "positions", "sizes", "protected"):
+            for name in ("features", "patches", "sizes", "protected"):
                 got = getattr(reduced, name)[row, reduced.mask[row]]
                 expected = getattr(inputs.tokens, name)[row, real]
                 require(
@@ -299,11 +299,9 @@ def check_p11_plans_compose(case: ReducerCase) -> None:
         )
         second = case.plan(between, fewer)
         both = first.then(second)
-        step, once = second(between.tokens.positions), both(inputs.tokens.positions)
+        step, once = second(between.tokens.patches), both(inputs.tokens.patches)
         same = torch.equal(step, once) and torch.equal(both.mask, second.mask)
-        require(
-            same, f"{case.name}: positions {step.tolist()} in two steps, {once.tolist()} in one"
-        )
+        require(same, f"{case.name}: patches {step.tolist()} in two steps, {once.tolist()} in one")
         features = inputs.tokens.features.float()
         scale = features.abs().masked_fill(~inputs.tokens.mask[:, :, None], 0)
         steps, at_once = second(first(features)), both(features)

@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Removable
+from ..hooks import Removable
 from .inputs import same_bits
 
 _OWN = {"_parameters", "_buffers", "_modules"}

@@ -10,8 +10,9 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Observation, Removable
 from ..attach import observe
+from ..hooks import Removable
+from ..observation import Observation
 from ..plugins import registry
 from .cases import TowerCase
 from .generators import is_attention

@@ -53,7 +53,7 @@ class Anatomy:
         return layers
 
     @property
-    def patches(self) -> int:
+    def patches_per_crop(self) -> int:
         """Patches of a picture, a crop or a frame."""
         vision = self.core.config.vision_config
         return int(vision.image_size // vision.patch_size) ** 2

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from tokenprune.adapter import NotCopyable, Removable
 from tokenprune.errors import AttachError, UnsupportedError
+from tokenprune.hooks import NotCopyable, Removable
 
-from ..rows import dot
+from ..kit.attention_rows import dot
 from .names import Call, Signature
 
 _OURS = "tokenprune"

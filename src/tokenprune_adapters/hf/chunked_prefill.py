@@ -8,11 +8,11 @@ from typing import Any, Literal
 import transformers
 from torch import nn
 
-from tokenprune.adapter import NotCopyable, Removable
 from tokenprune.errors import UnsupportedError
+from tokenprune.hooks import NotCopyable, Removable
 
-from ..llms.cache import state_of
 from .anatomy import Anatomy
+from .llm.kv_cache import state_of
 from .names import calls_of
 
 _KINDS: tuple[Literal["image", "video"], ...] = ("image", "video")

@@ -55,7 +55,9 @@ def load(
         MissingExtraError: transformers is not installed.
         MissingWeightsError: the checkpoint is not where it should be.
     """
-    from .errors import MissingExtraError, MissingWeightsError
+    from tokenprune.errors import MissingExtraError
+
+    from .errors import MissingWeightsError
 
     try:
         import torch
@@ -67,8 +69,8 @@ def load(
         ) from error
     if not (CHECKPOINT / "model.safetensors").is_file():
         raise MissingWeightsError(
-            f"no weights in {CHECKPOINT}; reinstall tokenprune-vlm, or train them: "
-            "python -m tokenprune_adapters.pocket.train --out DIR"
+            f"no weights in {CHECKPOINT}; reinstall tokenprune-vlm, or train them in a clone "
+            "of its repository: make train"
         )
     model = LlavaForConditionalGeneration.from_pretrained(
         CHECKPOINT, dtype=dtype or torch.float32, local_files_only=True

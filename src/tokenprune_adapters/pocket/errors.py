@@ -1,12 +1,8 @@
-"""What can go wrong when the pocket model is loaded."""
+"""Error of the pocket model: its weights are missing."""
 
 from __future__ import annotations
 
 from tokenprune.errors import TokenpruneError
-
-
-class MissingExtraError(TokenpruneError, ImportError):
-    """A package that an optional extra brings is not installed."""
 
 
 class MissingWeightsError(TokenpruneError, FileNotFoundError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tokenprune_adapters.llms.attention_rows import Prompts
+from tokenprune_adapters.hf.llm.text_attention import Prompts
 
 
 def test_the_last_real_slot_of_each_row() -> None:

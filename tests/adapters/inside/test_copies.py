@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenprune import Origin
-from tokenprune_adapters.llms.copies import without_copies
+from tokenprune_adapters.hf.llm.copies import without_copies
 
 
 def numbers(prompts: list[list[int]], times: dict[int, int]) -> list[int | None]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tokenprune import ClsAttention, Plan, Signals, UnsupportedError
-from tokenprune_adapters.llms.images import Images, Seats, feature_prints
-from tokenprune_adapters.llms.store import SignalStore
+from tokenprune_adapters.hf.llm.image_slots import Images, Seats, feature_prints
+from tokenprune_adapters.hf.llm.signal_cache import SignalStore
 
 
 def test_part_of_an_image_is_refused() -> None:

@@ -18,12 +18,18 @@ import tokenprune
 from support.inside_oracle import Cut, Look, Recompute, evict, greedy, say
 from support.llava import BOS, Row, collate, generate, picture, prompts
 from tokenprune import Signals
-from tokenprune_adapters import layout
 from tokenprune_adapters.hf.attention import Asked
-from tokenprune_adapters.llms import attention_rows, inside, segment, shorten, store
-from tokenprune_adapters.llms.attention_rows import Prompts
-from tokenprune_adapters.llms.cache import ShortenedLayer
-from tokenprune_adapters.llms.images import Images, Seats
+from tokenprune_adapters.hf.llm import (
+    inner_stages,
+    segment,
+    short_prompt,
+    signal_cache,
+    text_attention,
+)
+from tokenprune_adapters.hf.llm.image_slots import Images, Seats
+from tokenprune_adapters.hf.llm.kv_cache import ShortenedLayer
+from tokenprune_adapters.hf.llm.text_attention import Prompts
+from tokenprune_adapters.kit import prompt_layout
 
 Error: TypeAlias = Callable[[Any], float]
 """How far an attached model is from the oracle; infinite where the text differs."""
@@ -158,22 +164,22 @@ def _edit_states(patch: Patch, **changes: Callable[[Any], Any]) -> None:
         }
         original(cache, edited)
 
-    original = shorten.note
-    patch.setattr(shorten, "note", note)
+    original = short_prompt.note
+    patch.setattr(short_prompt, "note", note)
 
 
 def _edit_late(patch: Patch, change: Callable[[Any, dict[str, Any], dict[str, Any]], Any]) -> None:
     """Change what the layers of late segments are called with: `change(run, was, now)`."""
 
     def before(self: Any, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        run, was = kwargs.get(shorten.RUN), dict(kwargs)
+        run, was = kwargs.get(short_prompt.RUN), dict(kwargs)
         args, kwargs = original(self, layer, args, kwargs)
         if run is not None and run.start_of(self.number) > 0:
             kwargs = kwargs | change(run, was, kwargs)
         return args, kwargs
 
-    original = inside._BeforeLayer.before
-    patch.setattr(inside._BeforeLayer, "before", before)
+    original = inner_stages._BeforeLayer.before
+    patch.setattr(inner_stages._BeforeLayer, "before", before)
 
 
 def decode_position_not_shifted(patch: Patch) -> None:
@@ -193,13 +199,13 @@ def columns_of_the_users_mask(patch: Patch) -> None:
         own = kwargs.get("attention_mask")
         if mask is not None and own is not None and own.ndim == 4:
             batch, _, queries, keys = own.shape
-            kwargs["attention_mask"] = layout.causal_mask(
+            kwargs["attention_mask"] = prompt_layout.causal_mask(
                 mask[:, -keys:].bool(), batch, queries, keys, "sdpa", own
             )
         return result
 
-    original = shorten.ShortenPrompts.before
-    patch.setattr(shorten.ShortenPrompts, "before", before)
+    original = short_prompt.ShortenPrompts.before
+    patch.setattr(short_prompt.ShortenPrompts, "before", before)
 
 
 def one_mask_for_all_layers(patch: Patch) -> None:
@@ -212,7 +218,8 @@ def late_layers_without_padding(patch: Patch) -> None:
         if own is None:
             return {}
         batch, _, queries, keys = own.shape
-        return {"attention_mask": layout.causal_mask(None, batch, queries, keys, "sdpa", own)}
+        late = prompt_layout.causal_mask(None, batch, queries, keys, "sdpa", own)
+        return {"attention_mask": late}
 
     _edit_late(patch, mask)
 
@@ -222,7 +229,7 @@ def _positions(patch: Patch, wrong: str) -> None:
         return original(slots, before, past, wrong, *rest)
 
     original = segment.enter
-    patch.setattr(inside, "enter", enter)
+    patch.setattr(inner_stages, "enter", enter)
 
 
 def renumbered_positions(patch: Patch) -> None:
@@ -295,12 +302,12 @@ def heads_in_the_wrong_groups(patch: Patch) -> None:
 
 
 def rows_of_the_wrong_layer(patch: Patch) -> None:
-    original = inside.ReduceInside._layers
+    original = inner_stages.ReduceInside._layers
 
     def earlier(self: Any, signal: Any, start: int) -> tuple[int, ...]:
         return tuple(max(layer - 1, 0) for layer in original(self, signal, start))
 
-    patch.setattr(inside.ReduceInside, "_layers", earlier)
+    patch.setattr(inner_stages.ReduceInside, "_layers", earlier)
 
 
 def columns_of_another_image(patch: Patch) -> None:
@@ -319,21 +326,21 @@ def padding_asks_too(patch: Patch) -> None:
         made = original(keep)
         return replace(made, valid=None)
 
-    original = layout.Layout.of
+    original = prompt_layout.Layout.of
 
     class Everything:
         of = staticmethod(original)
 
     Everything.of = staticmethod(of)
-    patch.setattr(attention_rows, "Layout", Everything)
+    patch.setattr(text_attention, "Layout", Everything)
 
 
 def fillers_keep_minus_infinity(patch: Patch) -> None:
     def shorten_(self: Any, x: Tensor) -> Tensor:
-        return layout._take(x, self.index) if x.is_floating_point() else original(self, x)
+        return prompt_layout._take(x, self.index) if x.is_floating_point() else original(self, x)
 
-    original = layout.Layout.shorten
-    patch.setattr(layout.Layout, "shorten", shorten_)
+    original = prompt_layout.Layout.shorten
+    patch.setattr(prompt_layout.Layout, "shorten", shorten_)
 
 
 def first_scores_of_the_raster(patch: Patch) -> None:
@@ -342,11 +349,11 @@ def first_scores_of_the_raster(patch: Patch) -> None:
     def decide(self: Any, run: Any, *rest: Any) -> Any:
         before = run.known
         reduction = original(self, run, *rest)
-        run.known = before if before else store.SignalStore.get(self.store, rest[0].prints)
+        run.known = before if before else signal_cache.SignalStore.get(self.store, rest[0].prints)
         return reduction
 
-    original = inside.ReduceInside._decide
-    patch.setattr(inside.ReduceInside, "_decide", decide)
+    original = inner_stages.ReduceInside._decide
+    patch.setattr(inner_stages.ReduceInside, "_decide", decide)
 
 
 def signals_in_another_order(patch: Patch) -> None:
@@ -355,8 +362,8 @@ def signals_in_another_order(patch: Patch) -> None:
     def get(self: Any, prints: list[int], device: torch.device) -> Signals:
         return original(self, prints[::-1], device)
 
-    original = store.SignalStore.get
-    patch.setattr(store.SignalStore, "get", get)
+    original = signal_cache.SignalStore.get
+    patch.setattr(signal_cache.SignalStore, "get", get)
 
 
 def images_not_followed(patch: Patch) -> None:
@@ -379,8 +386,8 @@ def earlier_segments_forgotten(patch: Patch) -> None:
         made = original(self, run, start, previous, drop)
         return replace(made, after=replace(made.after, moved=made.after.moved * 0))
 
-    original = inside.ReduceInside._segment
-    patch.setattr(inside.ReduceInside, "_segment", _segment)
+    original = inner_stages.ReduceInside._segment
+    patch.setattr(inner_stages.ReduceInside, "_segment", _segment)
 
 
 def selected_again_at_decode(patch: Patch) -> None:
@@ -388,18 +395,18 @@ def selected_again_at_decode(patch: Patch) -> None:
 
     def before(self: Any, llm: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         result = original(self, llm, args, kwargs)
-        run = kwargs.get(shorten.RUN)
+        run = kwargs.get(short_prompt.RUN)
         if run is not None and run.images is None and len(run.segments) > 1:
             valid = run.segments[0].after.valid
             late = run.segments[2]
             if valid is not None and late.after.valid is not None:
                 keys = late.after.valid.shape[1]
-                mask = layout.causal_mask(valid[:, -keys:], 3, 1, keys, "sdpa", late.place)
+                mask = prompt_layout.causal_mask(valid[:, -keys:], 3, 1, keys, "sdpa", late.place)
                 run.segments[2] = replace(late, mask=mask)
         return result
 
-    original = shorten.ShortenPrompts.before
-    patch.setattr(shorten.ShortenPrompts, "before", before)
+    original = short_prompt.ShortenPrompts.before
+    patch.setattr(short_prompt.ShortenPrompts, "before", before)
 
 
 def rows_of_late_layers_not_reordered(patch: Patch) -> None:

@@ -133,7 +133,7 @@ def test_tokens_of_a_stage_inside_are_hidden_states_in_raster_order(llava: Any) 
     class Look(tokenprune.Scorer):
         def score(self, tokens: Any, signals: Any) -> Tensor:
             seen.append(tokens)
-            return tokens.positions.float()
+            return tokens.patches.float()
 
     model = llava()
     batch = [Row([BOS, picture(1), 5, picture(2)]), Row([BOS, 6, picture(1), 7])]
@@ -149,6 +149,6 @@ def test_tokens_of_a_stage_inside_are_hidden_states_in_raster_order(llava: Any) 
     visual = inputs["input_ids"] == IMAGE
     torch.testing.assert_close(first.features.flatten(0, 1), states[1][visual], rtol=0, atol=1e-5)
     assert torch.equal(first.positions, torch.arange(PATCHES).expand(3, -1))
-    assert torch.equal(later.positions, torch.arange(PATCHES - 6, PATCHES).expand(3, -1))
+    assert torch.equal(later.patches, torch.arange(PATCHES - 6, PATCHES).expand(3, -1))
     assert first.ids[0] == first.ids[2] != first.ids[1]
     assert torch.equal(later.ids, first.ids)

@@ -20,7 +20,7 @@ from support.llava_next import (
     tiny_llava_next,
 )
 from tokenprune import UnsupportedError
-from tokenprune_adapters.anyres import NEWLINE, Packing
+from tokenprune_adapters.hf.anyres import NEWLINE, Packing
 
 STEPS = 4
 
@@ -105,7 +105,7 @@ def test_provenance_of_what_is_kept(model: Any) -> None:
     tokens = pruned.last.tokens
     pictures = [picture for prompt in prompts() for picture in prompt.pictures]
     for row, picture in enumerate(pictures):
-        found = tokens.positions[row][tokens.mask[row]].tolist()
+        found = tokens.patches[row][tokens.mask[row]].tolist()
         assert {divmod(n, PATCHES) for n in found} == kept(model, picture, 9, "image")
 
 

@@ -210,7 +210,7 @@ def test_provenance_of_what_is_kept_inside(model: Any) -> None:
             first = reader.images.index(images[0])
             decided.append([members[n] - first for n in weights.argmax(1).tolist()])
     for row, (picture, slots) in enumerate(zip(pictures, decided, strict=True)):
-        found = tokens.positions[row][tokens.mask[row]].tolist()
+        found = tokens.patches[row][tokens.mask[row]].tolist()
         assert [divmod(n, 16) for n in found] == [picture.packed[slot] for slot in slots]
         left = pruned.report.kept[row]
         assert list(zip(left.crop, left.patch, strict=True)) == [picture.packed[n] for n in slots]

@@ -192,7 +192,7 @@ def test_reduced_tokens_for_any_model() -> None:
     assert kept.tokens.features.shape == (3, 9, WIDTH)
     by_row = maps(tower, pictures())
     scores = (by_row[2] + by_row[3])[:, :, 0, 1:].mean(1)
-    assert torch.equal(kept.tokens.positions, scores.topk(9).indices.sort().values)
+    assert torch.equal(kept.tokens.patches, scores.topk(9).indices.sort().values)
 
 
 @pytest.mark.parametrize("name", ["native", "eva02", "qk_norm"])

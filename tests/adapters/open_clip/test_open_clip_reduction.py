@@ -187,7 +187,7 @@ def test_eviction_by_cls_equals_a_plain_loop(name: str) -> None:
     with attach(tower, spec) as attached:
         got = tower(pictures())
         assert attached.report.layers == ((0, 3 * PATCHES), (3, 54), (4, 15))
-        assert torch.equal(attached.last.tokens.positions[2], run.places)
+        assert torch.equal(attached.last.tokens.patches[2], run.places)
     same(got, stacked(rows))
 
 
@@ -335,7 +335,7 @@ def test_which_patches_stay_matters() -> None:
     for seed in (0, 1):
         with attach(tower, f"random(seed={seed}) | evict(3) @ after-layer(1)") as attached:
             answers.append(tower(pictures()))
-            first, second, _ = attached.last.tokens.positions.tolist()
+            first, second, _ = attached.last.tokens.patches.tolist()
             assert first != second  # every picture has numbers of its own
     assert not torch.allclose(*answers, atol=1e-3)
 
@@ -346,7 +346,7 @@ def test_the_report_tells_what_is_left_of_each_picture() -> None:
     tower = TOWERS["native"]()
     with attach(tower, "random | evict(9) @ after-layer(1); tome(4) @ after-layer(2)") as attached:
         tower(pictures())
-    positions = attached.last.tokens.positions.tolist()
+    positions = attached.last.tokens.patches.tolist()
     assert attached.report.kept == tuple(
         Kept("image", number, (0,) * 4, tuple(row)) for number, row in enumerate(positions)
     )
@@ -400,7 +400,7 @@ def test_gradients_flow_to_what_stays() -> None:
     with attach(tower, "random | evict(9) @ after-layer(1)") as attached:
         tower(x).sum().backward()
     run = ByHand(tower, y := pictures()[1].requires_grad_())
-    run.run(1).keep(attached.last.tokens.positions[1])
+    run.run(1).keep(attached.last.tokens.patches[1])
     run.out().sum().backward()
     assert x.grad is not None
     same(x.grad[1], y.grad)

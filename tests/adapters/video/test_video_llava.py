@@ -409,7 +409,7 @@ class _Blur(Reducer):
         weights = (torch.eye(count) + torch.eye(count).roll(1, 1).triu()) / 2
         weights[-1, -1] = 1
         rows = weights.expand(len(tokens.mask), -1, -1)
-        return Plan(tokens.positions, tokens.mask, count, rows)
+        return Plan(tokens.patches, tokens.mask, count, rows)
 
 
 @pytest.mark.parametrize("frames", [1, FRAMES])
@@ -435,7 +435,7 @@ def test_provenance_of_what_is_kept(model: Any) -> None:
         generate(model, collate([prompt]), 1)
     tokens = attachment.last.tokens
     for row, part in enumerate(prompt.visual):
-        assert tokens.positions[row].tolist() == kept(model, part, 9)
+        assert tokens.patches[row].tolist() == kept(model, part, 9)
 
 
 @pytest.mark.parametrize("per", ["image", "frame"])

@@ -308,7 +308,7 @@ def test_what_strategies_see(model: Any) -> None:
     class Look(tokenprune.Scorer):
         def score(self, tokens: Any, signals: Any) -> Tensor:
             seen.append(tokens)
-            return tokens.positions.float()
+            return tokens.patches.float()
 
     prompt = prompts()[3]
     inputs = collate([prompt])
@@ -319,8 +319,8 @@ def test_what_strategies_see(model: Any) -> None:
         model(**inputs)
     (tokens,) = seen
     assert tokens.lengths == (PATCHES, FRAMES * PATCHES, PATCHES)
-    assert tokens.positions[1].tolist() == list(range(FRAMES * PATCHES))
-    assert tokens.positions[0, :PATCHES].tolist() == list(range(PATCHES))
+    assert tokens.patches[1].tolist() == list(range(FRAMES * PATCHES))
+    assert tokens.patches[0, :PATCHES].tolist() == list(range(PATCHES))
     start = prompt.ids.index(VIDEO)
     slots = [
         start + frame * (PATCHES + 1) + 1 + patch
@@ -362,7 +362,7 @@ def test_one_order_and_one_entry_each_before_and_inside(
     assert reports[0].images == reports[1].images
     assert rows[0].origins == rows[1].origins
     assert torch.equal(rows[0].plan.anchors, rows[1].plan.anchors)
-    assert torch.equal(rows[0].tokens.positions, rows[1].tokens.positions)
+    assert torch.equal(rows[0].tokens.patches, rows[1].tokens.patches)
 
 
 def test_frames_of_videos_that_were_encoded_elsewhere_are_videos_of_their_own(model: Any) -> None:

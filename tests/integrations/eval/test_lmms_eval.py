@@ -182,4 +182,4 @@ def test_both_models_are_on_lmms_evals_list() -> None:
     for name in ("llava_hf_tokenprune", "video_llava_tokenprune"):
         for simple in (False, True):
             chosen = MODEL_REGISTRY_V2.get_model_class(name, force_simple=simple)
-            assert chosen.__module__.startswith("tokenprune_adapters.harness.")
+            assert chosen.__module__.startswith("tokenprune_adapters.lmms_eval.")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from support.batch import SPEC
 from support.markdown import ROOT
+from tokenprune.batch import Answerer
 from tokenprune_adapters import pocket
-from tokenprune_adapters.batch import Answerer
 
 COUNT = 17  # does not divide
 

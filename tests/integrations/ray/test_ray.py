@@ -10,12 +10,12 @@ import pytest
 import ray
 
 from support.batch import SPEC, answers_in, columns
+from tokenprune.batch import Answerer, WorkerError, on_ray
+from tokenprune.batch.on_ray import OnRay
+from tokenprune.batch.rows import read_rows
+from tokenprune.batch.work import answer_all
 from tokenprune.cli import main
 from tokenprune_adapters import pocket
-from tokenprune_adapters.batch import Answerer, WorkerError, on_ray
-from tokenprune_adapters.batch.on_ray import OnRay
-from tokenprune_adapters.batch.rows import read_rows
-from tokenprune_adapters.batch.work import answer_all
 
 from .conftest import ROWS
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.served import PATIENCE, Server
-from tokenprune_adapters.vllm_serving import ARCHITECTURE, KEY
+from tokenprune_adapters.vllm import ARCHITECTURE, KEY
 
 SPEC = "uniform | evict(3)"
 MISSPELT = {"architectures": [ARCHITECTURE], KEY: {"prune": SPEC}, "keep": 3}
@@ -70,8 +70,8 @@ def test_a_vllm_that_has_renamed_a_method(checkpoint: Path, tmp_path: Path) -> N
 def test_the_vllm_that_is_installed_is_a_tested_one() -> None:
     from vllm import __version_tuple__
 
-    from tokenprune_adapters.vllm_serving import llava
-    from tokenprune_adapters.vllm_serving.parents import check_parents
+    from tokenprune_adapters.vllm import llava
+    from tokenprune_adapters.vllm.parents import check_parents
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from tokenprune.doctor import Answer, Cut, Questions, Trial
+from tokenprune.trial import Answer, Cut, Questions, Trial
 
 from .model import IMAGE, Cache, PocketVLM
 

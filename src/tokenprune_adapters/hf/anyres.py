@@ -1,0 +1,97 @@
+"""Any-resolution images: which crop and patch every packed token of LLaVA-NeXT is.
+
+The model's own packing (grid, unpadding, newlines) is run on an index instead of on features, so
+nothing of it is repeated here and every version is followed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.kept_patches import Origin
+
+from ..kit.budget_rows import Rows
+
+NEWLINE = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """How the crops of some images become sequences of tokens.
+
+    Attributes:
+        sources: for each image `(packed,)` int64: where each packed token comes from, counted over
+            the crops of all images, `crop * patches + patch`; -1 is a newline.
+        crops: crops of each image, the base view first.
+        patches_per_crop: number of patches of a crop.
+    """
+
+    sources: tuple[Tensor, ...]
+    crops: tuple[int, ...]
+    patches_per_crop: int
+
+    @classmethod
+    def of(cls, core: Any, sizes: Tensor, patches: int) -> Packing:
+        """The packing of images of `(images, 2)` height and width by the model `core`."""
+        crops = tuple(_crops(core, size) for size in sizes)
+        index = torch.arange(sum(crops) * patches, device="cpu").reshape(-1, patches, 1)
+        packed, _ = core.pack_image_features(
+            list(torch.split(index, list(crops))),
+            sizes,
+            "default",
+            torch.tensor([NEWLINE], device="cpu"),
+        )
+        return cls(tuple(each.squeeze(-1) for each in packed), crops, patches)
+
+    @property
+    def patches(self) -> list[Tensor]:
+        """For each image `(packed,)` int64: crop of the image times patches plus patch, or -1."""
+        firsts = itertools.accumulate(self.crops, initial=0)
+        return [
+            torch.where(source == NEWLINE, NEWLINE, source - first * self.patches_per_crop)
+            for source, first in zip(self.sources, firsts)  # noqa: B905
+        ]
+
+    def per_image(self) -> Rows:
+        """One row per image: its patches that are packed, in packed order."""
+        numbers = [source[source != NEWLINE] for source in self.sources]
+        return Rows.of(numbers, self.patches_per_crop, self.origins)
+
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """What the rows of `per_image` show."""
+        return tuple(
+            Origin(image, patches_per_crop=self.patches_per_crop)
+            for image in range(len(self.crops))
+        )
+
+    def per_crop(self) -> Rows:
+        """One row per crop: its patches that are packed, in raster order."""
+        present = torch.zeros(
+            sum(self.crops) * self.patches_per_crop, dtype=torch.bool, device="cpu"
+        )
+        for source in self.sources:
+            present[source[source != NEWLINE]] = True
+        numbers = torch.arange(present.shape[0], device="cpu").reshape(-1, self.patches_per_crop)
+        origins = [
+            Origin(image, crop=crop)
+            for image, crops in enumerate(self.crops)
+            for crop in range(crops)
+        ]
+        return Rows.of([each[present[each]] for each in numbers], self.patches_per_crop, origins)
+
+
+def _crops(core: Any, size: Tensor) -> int:
+    """Crops of an image of `size` (height, width): the model's own count."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    vision = core.config.vision_config
+    count: int = image_size_to_num_patches(
+        size, core.config.image_grid_pinpoints, vision.image_size
+    )
+    return count

@@ -1,0 +1,164 @@
+"""CLIP-like vision towers of transformers (CLIP, SigLIP): signals by hooks on q_proj and k_proj."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from tokenprune.adapter import TowerAdapter
+from tokenprune.errors import AttachError
+from tokenprune.hooks import NotCopyable, Removable
+from tokenprune.observation import Observation
+from tokenprune.signals import (
+    ClsAttention,
+    GivenAttention,
+    JointClsAttention,
+    Keys,
+    PoolAttention,
+    ReceivedAttention,
+    Signal,
+)
+
+from ..kit.query_key_maps import Projections
+from ..kit.tower_reading import Reading, read_block
+from .names import calls_of
+
+
+@dataclass(frozen=True)
+class _EncoderTower(TowerAdapter):
+    """A tower with `encoder.layers`, each with `self_attn.q_proj` and `k_proj`."""
+
+    prefix: int = 0
+
+    def provides(self, tower: nn.Module) -> frozenset[type[Signal]]:
+        common: frozenset[type[Signal]] = frozenset({Keys, ReceivedAttention, GivenAttention})
+        cls: set[type[Signal]] = {ClsAttention, JointClsAttention} if self.prefix else set()
+        pool: set[type[Signal]] = {PoolAttention} if _pool(tower) is not None else set()
+        return common | cls | pool
+
+    def install(
+        self,
+        tower: nn.Module,
+        signals: frozenset[Signal],
+        observation: Observation,
+        feature_layer: int,
+    ) -> Iterator[Removable]:
+        return _Taps(tower, signals, observation, feature_layer, self.prefix).install()
+
+
+class ClipTowerAdapter(_EncoderTower):
+    """`CLIPVisionModel`: one [CLS] token, then the patches."""
+
+    def __init__(self) -> None:
+        super().__init__(prefix=1)
+
+
+class SiglipTowerAdapter(_EncoderTower):
+    """`SiglipVisionModel`: patches only, so there is no [CLS] row, but its pooling head has one."""
+
+
+def _inner(tower: nn.Module) -> Any:
+    """What has the layers."""
+    return getattr(tower, "vision_model", tower)
+
+
+def _pool(tower: nn.Module) -> nn.Module | None:
+    """The attention of SigLIP's pooling head, whose query is a learned probe."""
+    head = getattr(_inner(tower), "head", None)
+    pool: nn.Module | None = None if head is None else head.attention
+    return pool
+
+
+class _Taps(NotCopyable):
+    """The hooks of one installation."""
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        signals: frozenset[Signal],
+        observation: Observation,
+        feature_layer: int,
+        prefix: int,
+    ) -> None:
+        self.tower = tower
+        self.calls = calls_of(tower)
+        self.layers: Any = _inner(tower).encoder.layers
+        self.observation = observation
+        self.prefix = prefix
+        self.reading = Reading(signals, observation, feature_layer, len(self.layers))
+        self.tapped: list[tuple[Any, nn.Module, nn.Module]] = []
+
+    def install(self) -> Iterator[Removable]:
+        yield self.tower.register_forward_pre_hook(self.begin, with_kwargs=True)
+        for number, kinds in self.reading.kinds().items():
+            block = self.layers[number].self_attn
+            self.tapped.append((block, block.q_proj, block.k_proj))
+            tap = _LayerTap(self, number, block.num_heads, frozenset(kinds))
+            yield block.q_proj.register_forward_hook(tap.query)
+            yield block.k_proj.register_forward_hook(tap.key)
+        yield self.layers[self.reading.feature_layer].register_forward_hook(self.features)
+        pool = _pool(self.tower)
+        if pool is not None and PoolAttention() in self.reading.wanted:
+            yield pool.register_forward_pre_hook(self.pool)
+        yield self.tower.register_forward_hook(self.finish, always_call=False)
+
+    def begin(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for block, query, key in self.tapped:
+            if block.q_proj is not query or block.k_proj is not key:
+                raise AttachError(
+                    f"q_proj or k_proj of the {type(tower).__name__} was replaced while it is "
+                    "attached or observed (adapters put in or merged?), so its attention would be "
+                    "read without what changed; detach first, and attach again"
+                )
+        self.reading.begin(self.calls(args, kwargs).pixels)
+
+    def features(self, layer: nn.Module, args: object, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        self.reading.features(hidden[:, self.prefix :])
+
+    @torch.no_grad()
+    def pool(self, attention: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self.observation.running:
+            row = Projections.of(attention).first_row(args[0].detach(), args[1].detach())
+            self.observation.scratch[PoolAttention] = row
+
+    def finish(self, tower: nn.Module, args: object, output: object) -> None:
+        self.reading.finish()
+
+
+@dataclass(eq=False)
+class _LayerTap(NotCopyable):
+    """Hooks of one attention block: what is read is computed in the later of the two.
+
+    Signals take no part in autograd, and a layer that gradient checkpointing runs once more, long
+    after the tower is done, is not observed again.
+    """
+
+    taps: _Taps
+    number: int
+    heads: int
+    kinds: frozenset[type[Signal]]
+
+    def query(self, projection: nn.Module, args: object, output: Tensor) -> None:
+        if self.taps.observation.running:
+            # Of the queries, [CLS] is enough for its row.
+            whole = {ReceivedAttention, GivenAttention} & self.kinds
+            self.note("query", output.detach() if whole else output.detach()[:, :1])
+
+    def key(self, projection: nn.Module, args: object, output: Tensor) -> None:
+        if self.taps.observation.running:
+            self.note("key", output.detach())
+
+    def note(self, name: str, output: Tensor) -> None:
+        """Keep `(batch, tokens, heads * channels)`; with queries and keys there, read them."""
+        scratch, number = self.taps.observation.scratch, self.number
+        split = "batch tokens (heads channels) -> batch heads tokens channels"
+        scratch[name, number] = rearrange(output, split, heads=self.heads)
+        if ("query", number) in scratch and ("key", number) in scratch:
+            query, keys = scratch.pop(("query", number)), scratch.pop(("key", number))
+            read_block(scratch, number, self.kinds, query, keys, self.taps.prefix)

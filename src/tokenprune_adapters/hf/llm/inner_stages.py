@@ -1,0 +1,302 @@
+"""Stages inside a language model: layers from a stage on compute and cache kept tokens only.
+
+Every decoder layer gets a hook before it. Where a stage starts, the hook scores, decides, takes
+slots out of the hidden states and opens a new segment; in all later layers it replaces the mask,
+positions and rotary embedding, which the model has made for the first segment, by their own.
+
+Prefill of a prompt of S slots, of which a stage at layer 2 of 4 keeps S':
+
+    layer 0   layer 1   layer 2    layer 3
+    |-- segment 0: S --||-- segment 2: S' --|
+
+Only the pass that holds an image decides. Later passes (decoding) find in the cache how each
+segment was shortened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.errors import MissingSignalError, UnsupportedError
+from tokenprune.hooks import NotCopyable, Removable
+from tokenprune.placement import AfterLayer
+from tokenprune.plan import Plan
+from tokenprune.report import Record
+from tokenprune.signals import LastQueryAttention, Signal, Signals, TextQueryAttention
+from tokenprune.strategy import Reduction, Stage
+from tokenprune.tokens import VisualTokens
+
+from ..anatomy import attention_of
+from ..attention import Asked, ReadAttention, Reader
+from ..checks import check_ranking
+from ..names import calls_of
+from .image_slots import Images, Seats
+from .kv_cache import Shortened, state_of
+from .segment import Segment, Slots, enter
+from .short_prompt import RUN, Run
+from .signal_cache import Ids, SignalStore, Sizes, fitted
+from .text_attention import Prompts, last_rows, text_rows
+
+QueryAttention = LastQueryAttention | TextQueryAttention
+
+
+class ReduceInside(NotCopyable):
+    """The hooks before the decoder layers of a language model.
+
+    Args:
+        llm: the language model.
+        stages: at `AfterLayer` placements, by the number of the layer that they start at.
+        store: where signals of the vision tower are found.
+        record: where to note what was done.
+    """
+
+    def __init__(
+        self, llm: Any, stages: dict[int, Stage], store: SignalStore, record: Record
+    ) -> None:
+        self.llm = llm
+        self.stages = stages
+        self.store = store
+        self.record = record
+        self.watched: dict[int, set[tuple[int, type[Signal]]]] = {}
+        for start, stage in stages.items():
+            for signal in stage.strategy.signals:
+                if isinstance(signal, QueryAttention):
+                    for layer in self._layers(signal, start):
+                        self.watched.setdefault(layer, set()).add((start, type(signal)))
+        self.reading = {layer: ReadAttention(llm.layers[layer]) for layer in self.watched}
+
+    def install(self) -> Iterator[Removable]:
+        """Yield the handles."""
+        for number, layer in enumerate(self.llm.layers):
+            hook = _BeforeLayer(self, number)
+            yield layer.register_forward_pre_hook(hook.before, with_kwargs=True)
+        for reading in self.reading.values():
+            yield from reading.install()
+
+    def _layers(self, signal: QueryAttention, start: int) -> tuple[int, ...]:
+        """Absolute layers of `signal`: -1 is the latest that has run before `start`."""
+        earliest = max((other for other in self.stages if other < start), default=0)
+        layers = tuple(start + layer if layer < 0 else layer for layer in signal.layers)
+        if not all(earliest <= layer < start for layer in layers):
+            raise UnsupportedError(
+                f"{signal} at after-layer({start}) must name layers that have run on the same "
+                f"tokens: {earliest - start} to -1, or {earliest} to {start - 1}"
+            )
+        return layers
+
+    @torch.no_grad()
+    def open_segment(self, run: Run, start: int, hidden: Tensor) -> None:
+        """Score, decide, and let `run` know the segment that starts at layer `start`.
+
+        A decision takes no part in autograd, like all signals; what it does to `hidden` does.
+        """
+        previous = run.segment_of(start)
+        images = run.images
+        assert images is not None
+        seats = self._seats(run, images)
+        if not run.counts:
+            asked = torch.stack([seats.mask.sum(1), images.prints, images.row])
+            counts, prints, rows = asked.tolist()  # one sync for all three
+            run.counts[0] = tuple(counts)
+            run.known = self.store.get(prints, hidden.device)
+            run.origins = self.store.originals(images, prints, rows)
+        if seats.index.shape[1] == 0:  # an earlier stage has withdrawn them all
+            run.counts[start] = (0,) * len(images.slots)
+            run.segments[start] = self._segment(run, start, previous, None)
+            return
+        reduction = self._decide(run, images, start, hidden, seats)
+        run.rows.clear()
+        run.seats = None
+        plan = reduction.plan
+        self.record.decided(reduction, run.origins)
+        run.counts[start] = plan.lengths
+        merges, drop = plan.weights is not None, None
+        if merges:
+            run.merges[start] = seats, plan
+        if merges or not _keeps_all(plan, run.counts):
+            drop = seats.dropped(plan)
+            if 0 in plan.lengths:
+                previous.check_left(drop, self.stages[start])
+        segment = run.segments[start] = self._segment(run, start, previous, drop)
+        if segment.layout is not None:
+            run.images = images.through(segment.layout)
+
+    def _decide(
+        self, run: Run, images: Images, start: int, hidden: Tensor, seats: Seats
+    ) -> Reduction:
+        """Run the stage's strategy on the tokens of all images in the batch."""
+        strategy = self.stages[start].strategy
+        known = dict(fitted(run.known, seats.index.shape[1]))
+        tokens = VisualTokens.of(
+            seats.take(hidden),
+            mask=seats.mask,
+            patches=seats.take(images.patch),
+            sizes=known.get(Sizes()),
+            ids=known.get(Ids(), images.prints),
+        )
+        missing = [
+            signal
+            for signal in strategy.signals - known.keys()
+            if not isinstance(signal, QueryAttention)
+        ]
+        if missing:
+            raise MissingSignalError(
+                f"{', '.join(map(repr, missing))} of an image is not known: its features did not "
+                "come from the attached vision tower; pass pixel_values, not features of your own"
+            )
+        rows = self._rows(run, start)
+        reduction = strategy(tokens, Signals({**known, **rows}))
+        # Later stages find what is left, without gaps and padded to the longest.
+        compact = reduction.plan.then(Plan.select(reduction.plan.mask, reduction.plan.lengths))
+        sizes = tokens.reduce(compact).sizes
+        run.known = Signals({**Signals(known).reduce(compact), Sizes(): sizes})
+        return reduction
+
+    def _rows(self, run: Run, start: int) -> dict[Signal, Tensor]:
+        """What the stage at `start` asks of the layers before it."""
+        rows: dict[Signal, Tensor] = {}
+        for signal in self.stages[start].strategy.signals:
+            if not isinstance(signal, QueryAttention):
+                continue
+            wanted = [(type(signal), layer) for layer in self._layers(signal, start)]
+            missing = [layer for kind, layer in wanted if (kind, layer) not in run.rows]
+            if missing:
+                raise UnsupportedError(
+                    f"attention rows of {type(self.llm.layers[missing[0]]).__name__} cannot be "
+                    "read: its attention has not called its attention function; rank by "
+                    "cls-attention, or before the LLM"
+                )
+            rows[signal] = torch.stack([run.rows[each] for each in wanted], dim=1)
+        return rows
+
+    def reader(self, run: Run, number: int) -> Reader | None:
+        """Takes what stages that have not decided yet want of layer `number`; None if nothing."""
+        images = run.images
+        kinds = {kind for start, kind in self.watched.get(number, ()) if start not in run.segments}
+        if images is None or not kinds:
+            return None
+        seats, segment = self._seats(run, images), run.segment_of(number)
+        if seats.index.shape[1] == 0:
+            return None
+        real = segment.real
+        if real is None:
+            real = torch.ones_like(segment.positions, dtype=torch.bool)
+        prompts = Prompts(real, segment.after.valid, segment.sample)
+
+        def read(asked: Asked) -> None:
+            with self.record.selecting(asked.query.device):
+                if LastQueryAttention in kinds:
+                    rows = last_rows(asked, prompts, seats.row, seats.column)
+                    run.rows[LastQueryAttention, number] = rows
+                if TextQueryAttention in kinds:
+                    rows = text_rows(asked, prompts, images, seats)
+                    run.rows[TextQueryAttention, number] = rows
+
+        return read
+
+    def _seats(self, run: Run, images: Images) -> Seats:
+        """Where the visual tokens of the latest segment sit; one sync for each segment."""
+        if run.seats is None:
+            run.seats = images.seats()
+        return run.seats
+
+    def _segment(self, run: Run, start: int, previous: Segment, drop: Tensor | None) -> Segment:
+        """The segment from `start` on, which computes what `previous` does without `drop`."""
+        state = state_of(run.cache, start)
+        if state is None:
+            moved = torch.zeros_like(previous.before.moved)
+            state = Shortened(0, run.segments[0].before.valid, moved, 0)
+        # Where earlier prompts of the cache were shortened, positions have moved by segments.
+        positions = previous.positions + (previous.before.moved - state.moved)[:, None]
+        placement = self.stages[start].placement
+        assert isinstance(placement, AfterLayer)
+        cached = run.cache is not None
+        slots = Slots(drop, previous.real, positions, previous.sample)
+        segment = enter(slots, state, run.past, placement.positions, self.llm, cached)
+        # What earlier segments have left out and moved in this very pass is gone here, too.
+        after = replace(
+            segment.after,
+            offset=segment.after.offset + previous.after.offset - previous.before.offset,
+            moved=segment.after.moved + previous.after.moved - previous.before.moved,
+        )
+        return replace(segment, after=after)
+
+
+class _BeforeLayer(NotCopyable):
+    """The hook before one decoder layer."""
+
+    def __init__(self, inside: ReduceInside, number: int) -> None:
+        self.inside = inside
+        self.number = number
+        self.calls = calls_of(inside.llm.layers[number])
+
+    def before(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        run: Run | None = kwargs.pop(RUN, None)
+        reading = self.inside.reading.get(self.number)
+        if reading is not None:
+            reading.ask(None)
+        if run is None:
+            return args, kwargs
+        call = self.calls(args, kwargs)
+        hidden, number = call.hidden, self.number
+        # Recomputation under gradient checkpointing comes by again, when all is decided.
+        if number in self.inside.stages and number not in run.segments:
+            with self.inside.record.selecting(hidden.device):
+                self.inside.open_segment(run, number, hidden)
+        start = run.start_of(number)
+        segment = run.segments[start]
+        if number == start > 0:
+            if number in run.merges:
+                seats, plan = run.merges[number]
+                hidden = seats.merge(hidden, plan)
+            if segment.layout is not None:
+                hidden = segment.layout.shorten(hidden)
+        if reading is not None:
+            reading.ask(self.inside.reader(run, number))
+        if start > 0:
+            if start not in run.rotary:
+                run.rotary[start] = self.inside.llm.rotary_emb(hidden, segment.positions)
+            call.rotary = run.rotary[start]
+            call.positions = segment.positions
+            call.mask = segment.mask
+        if "flash" in attention_of(self.inside.llm):
+            # The rotary embedding is made; flash would take gaps for seams of packed sequences.
+            call.positions = segment.counted
+        call.hidden = hidden
+        return call.args, call.kwargs
+
+
+def _keeps_all(plan: Plan, counts: dict[int, tuple[int, ...]]) -> bool:
+    """Whether `plan`, the latest of `counts`, keeps what the stage before has left."""
+    *_, before, after = counts.values()
+    return before == after
+
+
+class RefuseCandidates(NotCopyable):
+    """Hook before a whole model whose stages rank by the text of the prompt.
+
+    In the first pass of assisted decoding and prompt lookup, candidates stand behind the prompt,
+    and nothing tells where it ends but how many logits are asked for.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        check_ranking(model)
+        self.calls = calls_of(model)
+
+    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = self.calls(args, kwargs)
+        kept = call.kept_logits
+        images = call.pictures is not None or call.videos is not None or call.encoded
+        if images and call.cache is not None and isinstance(kept, int) and kept > 1:
+            raise UnsupportedError(
+                f"logits_to_keep={kept} in a prefill says that {kept - 1} candidates of assisted "
+                "decoding or prompt lookup stand behind the prompt, so its last token cannot be "
+                "found to rank by; decode without them, or rank by cls-attention"
+            )

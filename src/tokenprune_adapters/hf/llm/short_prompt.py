@@ -1,0 +1,301 @@
+"""Run a language model of transformers on a shortened prompt, while its caller sees a whole one.
+
+The hook before the model takes marked (dropped) slots and padding out of the embeddings, masks and
+position ids; the hook after it tells the cache, and puts hidden states back to logical length, so
+that logits, labels, `logits_to_keep` and `generate` need not know. Stages inside the model are the
+business of `inside.py`, whose hooks work on the `Run` that is made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.errors import UnsupportedError
+from tokenprune.hooks import NotCopyable, Removable
+from tokenprune.kept_patches import Origin
+from tokenprune.placement import Positions
+from tokenprune.plan import Plan
+from tokenprune.report import Record
+from tokenprune.signals import Signal, Signals
+
+from ...kit.carry import carried, carry
+from ...kit.marks import marked
+from ...kit.prompt_layout import samples
+from ..anatomy import attention_of, makes_cache
+from ..names import Call, Output, calls_of
+from .image_slots import Images, Seats
+from .kv_cache import (
+    Shortened,
+    check_cache,
+    check_starts,
+    expect_update,
+    note,
+    state_of,
+    stored_bytes,
+)
+from .segment import Segment, Slots, enter
+
+RUN = "tokenprune_run"
+"""Name of the private argument that takes a `Run` to the layers, which pop it."""
+
+IMAGES = "tokenprune_images"
+"""Name of the private argument that tells which slots are visual; see `Images`."""
+
+VISUAL = "tokenprune_visual"
+"""Name of the private argument that brings a bool for each slot: whether it is a placeholder."""
+
+
+@dataclass(eq=False)
+class Run:
+    """One forward pass of a language model with something reduced.
+
+    The hook before the model makes it and knows the first segment; stages inside the model add
+    theirs as their layers come.
+
+    Attributes:
+        cache: the pass's cache, or None.
+        past: its logical length before the pass.
+        segments: by the number of their first layer, in order.
+        images: which slots of the latest segment are visual, where stages inside want to know.
+        known: signals of the vision tower about the tokens that are left of the images.
+        counts: tokens of each image, by the layer from which on they are left; 0 is the input.
+        origins: what each image is, for the report; None for a copy of another one.
+        seats: where the visual tokens of the latest segment sit, once a layer has asked.
+        rows: what the text of the latest segment attends to, by signal and layer.
+        rotary: cosine and sine of each segment but the first, by its first layer.
+        merges: what stages have merged, by their layer.
+    """
+
+    cache: Any
+    past: int
+    segments: dict[int, Segment]
+    images: Images | None = None
+    known: Signals = field(default_factory=Signals)
+    counts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    origins: tuple[Origin | None, ...] = ()
+    seats: Seats | None = None
+    rows: dict[tuple[type[Signal], int], Tensor] = field(default_factory=dict)
+    rotary: dict[int, Any] = field(default_factory=dict)
+    merges: dict[int, tuple[Seats, Plan]] = field(default_factory=dict)
+
+    def start_of(self, layer: int) -> int:
+        """The first layer of the segment that `layer` belongs to, as far as is known."""
+        return max(start for start in self.segments if start <= layer)
+
+    def segment_of(self, layer: int) -> Segment:
+        """The segment that `layer` belongs to, as far as is known."""
+        return self.segments[self.start_of(layer)]
+
+    def restore(self, x: Tensor, layer: int) -> Tensor:
+        """Hidden states of the segment of `layer` back at the caller's slots."""
+        for start in sorted(self.segments, reverse=True):
+            layout = self.segments[start].layout
+            if start <= layer and layout is not None:
+                x = layout.restore(x)
+        return x
+
+
+class ShortenPrompts(NotCopyable):
+    """The two hooks on a language model.
+
+    Args:
+        llm: the language model.
+        positions: ``"reindexed"`` counts the kept tokens anew, ``"original"`` leaves gaps.
+        record: where KV bytes are noted.
+        starts: layers at which stages inside the model reduce further; see `inside.py`.
+        to_layers: whether the layers have hooks that want the `Run`.
+    """
+
+    def __init__(
+        self,
+        llm: nn.Module,
+        positions: Positions,
+        record: Record,
+        starts: tuple[int, ...] = (),
+        to_layers: bool = False,
+    ) -> None:
+        self.llm = llm
+        self.calls = calls_of(llm)
+        self.positions = positions
+        self.record = record
+        self.starts = starts
+        self.to_layers = to_layers
+
+    def install(self) -> Iterator[Removable]:
+        """Yield the handles."""
+        yield self.llm.register_forward_pre_hook(self.before, with_kwargs=True)
+        yield self.llm.register_forward_hook(self.after, with_kwargs=True)
+
+    def before(
+        self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        images: Images | None = kwargs.pop(IMAGES, None)
+        visual: Tensor | None = kwargs.pop(VISUAL, None)
+        call = self.calls(args, kwargs)
+        embeds = call.embeds
+        if embeds is None:
+            return None
+        cache = call.cache
+        drop = marked(embeds)
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        mask = call.mask
+        usable = mask is None or _is_padding_mask(mask, past, drop)
+        real, real_past = _real_columns(mask if usable else None, past, drop)
+        images = None if images is None else images.among(real)
+        seen = drop[:, :0] if images is None else images.visual
+        hidden = drop[:, :0] if visual is None else visual & ~real & ~drop
+        steps = steps_of(llm, call, drop.shape)
+        seams = drop.new_zeros(()) if steps is None else steps[:, -1].any()
+        asked = torch.stack([drop.any(), real.all(), seen.any(), seams, hidden.any()])
+        shorten, all_real, some_visual, gaps, wasted = asked.tolist()
+        reduces = bool(self.starts) and some_visual
+        if not (shorten or reduces) and state_of(cache) is None:
+            return (args, kwargs)
+        if not usable:
+            _refuse_mask(mask, past, drop)
+        if shorten and wasted:
+            raise UnsupportedError(
+                "attention_mask hides visual tokens that were kept before the LLM, so budget was "
+                "spent on what nobody sees; leave the picture out of the prompt, or reduce after a "
+                "layer, where hidden tokens are not counted"
+            )
+        if shorten and self.starts and images is None:
+            raise UnsupportedError(
+                "the language model got reduced image features, but not from the attached model, "
+                "so stages after a layer cannot know the images; call the whole model"
+            )
+        if call.flash_seams is not None:
+            raise UnsupportedError(
+                "cu_seq_lens tell where conversations of the unshortened prompt end; leave them "
+                "out, and position_ids that start anew at each conversation will tell"
+            )
+        check_cache(cache)
+        check_starts(cache, self.starts)
+
+        fresh = Shortened(0, real_past, drop.new_zeros(embeds.shape[0], dtype=torch.int64), 0)
+        known = state_of(cache, 0) or fresh
+        positions = _positions(call.positions, past, drop) - known.moved[:, None]
+        sample = steps if gaps and are_seams(llm, call, all_real) else None
+        slots = Slots(
+            drop if shorten else None, None if all_real else real, positions, sample, gaps
+        )
+        first = enter(slots, known, past, self.positions, llm, cache is not None)
+        run = Run(cache, past, {0: first})
+        if reduces and images is not None:
+            run.images = images.within(embeds, first.layout)
+        else:
+            for start in self.starts:
+                state = state_of(cache, start) or fresh
+                moved = positions + (known.moved - state.moved)[:, None]
+                same = Slots(None, slots.real, moved, sample)
+                run.segments[start] = enter(same, state, past, "original", llm, cache is not None)
+        if first.layout is not None:
+            embeds = first.layout.shorten(embeds)
+        call.embeds = carry(embeds, run)
+        call.positions = first.positions
+        call.mask = first.mask
+        if self.to_layers:
+            call.kwargs[RUN] = run
+        expect_update(cache)
+        return call.args, call.kwargs
+
+    def after(
+        self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        embeds = self.calls(args, kwargs).embeds
+        if embeds is None:
+            return None
+        run = carried(embeds)
+        if not isinstance(run, Run):
+            # Nothing was reduced: a prefill has a cache all the same, if its output says so.
+            if not isinstance(output, (tuple, list)):
+                cache = Output(output).cache
+                # Of static caches the length is a tensor, which a decoding step does not wait for.
+                length = 0 if cache is None else cache.get_seq_length()
+                if embeds.shape[1] > 1 or (isinstance(length, int) and length <= 1):
+                    self.record.cached(*stored_bytes(cache))
+            return None
+        given = Output(output)
+        cache = given.cache
+        if cache is not None:
+            check_cache(cache)
+            shortened = any(segment.layout is not None for segment in run.segments.values())
+            # A batch may be as long as it was, and yet its rows sit at other slots: the longest
+            # prompt may have lost nothing.
+            if shortened or state_of(cache) is not None:
+                note(cache, {start: segment.after for start, segment in run.segments.items()})
+            if shortened or embeds.shape[1] > 1:  # not a decoding step
+                self.record.cached(*stored_bytes(cache))
+        if run.counts and run.images is not None:
+            self.record.counted(run.images.tokens, run.counts, run.origins)
+        assert given.last is not None
+        states = given.states
+        if states is not None:
+            states = tuple(
+                None if each is None else run.restore(each, max(number - 1, 0))
+                for number, each in enumerate(states)
+            )
+        return given.replaced(last=run.restore(given.last, max(run.segments)), states=states)
+
+
+def steps_of(llm: nn.Module, call: Call, shape: Sequence[int]) -> Tensor | None:
+    """`(batch, slots)` int64: a number that grows where position ids do not go on by one.
+
+    None where transformers does not look: beside a cache FlashAttention alone does, in a batch of
+    one row.
+
+    Args:
+        llm: the language model.
+        call: a call of it, or of a model that hands these arguments on to it.
+        shape: batch and slots.
+    """
+    batch, slots = shape
+    if call.positions is None or slots == 1:
+        return None
+    cached = call.cache is not None or makes_cache(llm, call.wants_cache)
+    looks = not cached or ("flash" in attention_of(llm) and batch == 1)
+    return samples(call.positions.expand(batch, slots)) if looks else None
+
+
+def are_seams(llm: nn.Module, call: Call, all_real: bool) -> bool:
+    """Whether steps in position ids are seams between conversations: no mask says otherwise.
+
+    A mask without padding is none to FlashAttention.
+    """
+    return call.mask is None or (all_real and "flash" in attention_of(llm))
+
+
+def _is_padding_mask(mask: Any, past: int, drop: Tensor) -> bool:
+    columns = (drop.shape[0], past + drop.shape[1])
+    return isinstance(mask, Tensor) and tuple(mask.shape) == columns
+
+
+def _refuse_mask(mask: Any, past: int, drop: Tensor) -> NoReturn:
+    got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    raise UnsupportedError(
+        "attention_mask must have axes (batch tokens) = "
+        f"{(drop.shape[0], past + drop.shape[1])} to shorten a prompt, got {got}; static caches "
+        "and custom 4-D masks are not supported"
+    )
+
+
+def _real_columns(mask: Tensor | None, past: int, drop: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Which new and which past columns are real, as bool; None for a past without padding."""
+    if mask is None:
+        return torch.ones_like(drop), None
+    real = mask.to(device=drop.device, dtype=torch.bool)
+    return real[:, past:], real[:, :past] if past else None
+
+
+def _positions(given: Tensor | None, past: int, drop: Tensor) -> Tensor:
+    """`(batch, tokens)` int64 logical positions, the model's own default where none are given."""
+    if given is None:
+        given = torch.arange(past, past + drop.shape[1], device=drop.device)[None]
+    if given.ndim != 2:
+        raise UnsupportedError(f"position_ids must be (batch tokens), got {tuple(given.shape)}")
+    return given.to(drop.device).expand(drop.shape)

@@ -1,0 +1,209 @@
+"""What is known of images by their pixels, kept until a stage inside the language model asks.
+
+Between the two, `generate` repeats, regroups and slices the images of a batch. They are found again
+by what they look like: a fingerprint of their projected features.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import MissingSignalError
+from tokenprune.hooks import NotCopyable
+from tokenprune.kept_patches import Origin
+from tokenprune.signals import Signal, Signals
+
+from .copies import without_copies
+from .image_slots import Images, feature_prints
+
+
+@dataclass(frozen=True)
+class Ids(Signal):
+    """`VisualTokens.ids`: which picture it is, whatever its features look like."""
+
+    axes: ClassVar[str] = "batch"
+
+
+@dataclass(frozen=True)
+class Sizes(Signal):
+    """`VisualTokens.sizes`, where tokens were merged before."""
+
+    axes: ClassVar[str] = "batch tokens"
+
+
+@dataclass(frozen=True, eq=False)
+class _Image:
+    """What is known of one image.
+
+    Attributes:
+        signals: of the patches that are left, without an axis of images.
+        patches: `(slots,)` what its slots hold, see `Images.of`; None: in order.
+        times: how often it was among the images that it came with.
+    """
+
+    signals: dict[Signal, Tensor]
+    patches: Tensor | None
+    times: int
+
+
+@dataclass(eq=False)
+class _Remembered:
+    """What one thread has put, oldest first, and how many images came with the latest call."""
+
+    images: OrderedDict[int, _Image] = field(default_factory=OrderedDict)
+    latest: int = 0
+
+
+class SignalStore(NotCopyable):
+    """Signals of the latest images, by fingerprint; safe to share between threads.
+
+    No thread makes another one's images forgotten. Of each thread, those of the latest two calls of
+    `put` stay whatever their number, since models may encode the pictures and the videos of one
+    batch in a call each.
+
+    Args:
+        dtype: of the language model's embeddings, into which features are cast.
+        capacity: images remembered of each thread, if two calls don't bring more.
+    """
+
+    def __init__(self, dtype: torch.dtype, capacity: int = 64) -> None:
+        self.dtype = dtype
+        self.capacity = capacity
+        self._of: WeakKeyDictionary[threading.Thread, _Remembered] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def put(
+        self,
+        features: Tensor | Sequence[Tensor],
+        signals: Signals,
+        patches: Sequence[Tensor] = (),
+    ) -> None:
+        """Remember what is known of some images.
+
+        Args:
+            features: projected, `(images, slots, channels)` or `(slots, channels)` of each.
+            signals: of the patches that are left.
+            patches: what the slots of each image hold, see `Images.of`, where that differs.
+        """
+        prints = self._prints(features)
+        times = Counter(prints)
+        with self._lock:
+            mine = self._of.setdefault(threading.current_thread(), _Remembered())
+            for number, each in enumerate(prints):
+                mine.images.pop(each, None)
+                mine.images[each] = _Image(
+                    {s: answer[number] for s, answer in signals.items()},
+                    patches[number] if patches else None,
+                    times[each],
+                )
+            while len(mine.images) > max(self.capacity, mine.latest + len(prints)):
+                mine.images.popitem(last=False)
+            mine.latest = len(prints)
+
+    def _look_up(self, prints: list[int]) -> list[_Image | None]:
+        """The images with these fingerprints; None for one that did not come by here."""
+        with self._lock:
+            # Features may be encoded in one thread and used in another.
+            mine = self._of.get(threading.current_thread(), _Remembered())
+            everywhere = [mine, *self._of.values()]
+            return [
+                next((one.images[each] for one in everywhere if each in one.images), None)
+                for each in prints
+            ]
+
+    def _find(self, prints: list[int]) -> list[_Image]:
+        """The images with these fingerprints; none if one of them did not come by here."""
+        found = self._look_up(prints)
+        known = [each for each in found if each is not None]
+        return known if len(known) == len(found) else []
+
+    def originals(
+        self, images: Images, prints: list[int], rows: list[int]
+    ) -> tuple[Origin | None, ...]:
+        """What each of `images` is; None for a copy of one that was encoded less often.
+
+        Between encoding and a forward pass, `generate` repeats prompts for beams and for
+        `num_return_sequences`. A picture that was given twice was also encoded twice.
+
+        Args:
+            images: the images of a batch of prompts.
+            prints: their fingerprints.
+            rows: the prompt that each is in.
+        """
+        found = zip(prints, self._look_up(prints), strict=True)
+        times = {each: image.times for each, image in found if image is not None}
+        return without_copies(images.origins, prints, rows, images.image.shape[0], times)
+
+    def patches(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """What the slots of images with these features hold.
+
+        Raises:
+            MissingSignalError: one of them did not come by here.
+        """
+        found = self._find(self._prints(features))
+        known = [each.patches for each in found if each.patches is not None]
+        if len(known) < len(features):
+            raise MissingSignalError(
+                "image features did not come from the attached model, so it is not known which "
+                "patches they hold; pass pixel_values, not features of your own"
+            )
+        return known
+
+    def _prints(self, features: Tensor | Sequence[Tensor]) -> list[int]:
+        """One number per image, as `Images.within` finds them."""
+        if isinstance(features, Tensor):
+            return feature_prints(features.to(self.dtype)).tolist()
+        return feature_prints([each.to(self.dtype) for each in features]).tolist()
+
+    def get(self, prints: list[int], device: torch.device) -> Signals:
+        """What is known of all these images; nothing if one of them did not come by here.
+
+        Args:
+            prints: fingerprints of their features.
+            device: where the answers are wanted.
+        """
+        known = [each.signals for each in self._find(prints)]
+        if not known:
+            return Signals()
+        return Signals(
+            {
+                signal: _stack([each[signal] for each in known], signal.axes).to(device)
+                for signal in known[0]
+                if all(signal in each for each in known)
+            }
+        )
+
+
+def _stack(answers: list[Tensor], axes: str) -> Tensor:
+    """One tensor of the images' answers, their axes of tokens padded by zeros."""
+    names = axes.split()[1:]
+    if "tokens" in names:
+        axis = names.index("tokens")
+        most = max(answer.shape[axis] for answer in answers)
+        answers = [_padded(answer, axis, most) for answer in answers]
+    return torch.stack(answers)
+
+
+def _padded(answer: Tensor, axis: int, tokens: int) -> Tensor:
+    shape = list(answer.shape)
+    shape[axis] = tokens - shape[axis]
+    return torch.cat([answer, answer.new_zeros(shape)], dim=axis)
+
+
+def fitted(signals: Signals, tokens: int) -> Signals:
+    """`signals` with an axis of `tokens`: what is cut off is padding in every image."""
+    cut = {}
+    for signal, answer in signals.items():
+        names = signal.axes.split()
+        if "tokens" in names:
+            answer = answer.narrow(names.index("tokens"), 0, tokens)
+        cut[signal] = answer
+    return Signals(cut)

@@ -1,0 +1,57 @@
+"""LLaVA-1.5: every picture has the same number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokenprune.trial import Trial
+
+from .attention_maps import patches_of
+from .chat import questions
+from .prompts import Part, Pictures
+from .tiny import IMAGE, text_config, tiny, vision_config
+
+
+class LlavaPictures(Pictures):
+    """Three pictures for LLaVA."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.pixels = self.noise(3, seed=1)
+
+    def parts(self) -> Sequence[Part]:
+        _, patches, scores = self.see(self.core.vision_tower, self.pixels)
+        embeds = self.core.multi_modal_projector(patches)
+        placeholder = self.config.image_token_id
+        return [self.shown(placeholder, *each) for each in zip(embeds, scores, strict=True)]
+
+    def arguments(self) -> dict[str, Tensor]:
+        return {"pixel_values": self.pixels}
+
+
+def _build(siglip: bool) -> nn.Module:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(
+        vision_config=vision_config(siglip),
+        text_config=text_config(),
+        image_token_id=IMAGE,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="full" if siglip else "default",
+    )
+    config.image_seq_length = patches_of(config)
+    return tiny(LlavaForConditionalGeneration(config))
+
+
+def trials() -> Iterable[Trial]:
+    """With either tower."""
+    for tower in ("CLIP", "SigLIP"):
+        yield Trial(
+            f"LlavaForConditionalGeneration ({tower})",
+            "transformers",
+            lambda tower=tower: _build(tower == "SigLIP"),  # type: ignore[misc]
+            questions(LlavaPictures),
+        )

@@ -1,0 +1,1 @@
+"""Kit for adapters: what every model adapter needs, stated against tensors alone."""

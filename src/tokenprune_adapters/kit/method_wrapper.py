@@ -1,0 +1,75 @@
+"""Wrap one method of one model, where hooks do not reach: `generate` calls it outside of `forward`.
+
+What is set is an attribute of the instance, so that removing it shows the class's method again.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tokenprune.errors import AttachError
+from tokenprune.hooks import Removable
+
+Around = Callable[[Callable[[], Any], Mapping[str, Any]], Any]
+"""Takes the call as it was made, to be made inside, and its arguments by name; gives the output."""
+
+
+_AROUNDS = "tokenprune_arounds"
+"""Attribute of a method that was wrapped here: what is around it, from the inside out."""
+
+
+def wrap_method(owner: nn.Module, name: str, around: Around) -> Iterator[Removable]:
+    """Put `around` around a method of `owner`, and around what was put there before.
+
+    Raises:
+        AttachError: somebody else has replaced the method.
+    """
+    present = vars(owner).get(name)
+    if present is None:
+        present = _wrapped(getattr(owner, name))
+        setattr(owner, name, present)
+    arounds: list[Around] | None = getattr(present, _AROUNDS, None)
+    if arounds is None:
+        raise AttachError(f"somebody else has replaced {type(owner).__name__}.{name}")
+    arounds.append(around)
+    yield _Wrapper(owner, name, arounds, around)
+
+
+def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+    arounds: list[Around] = []
+
+    # `generate` chooses arguments by the signature, which `wraps` hands on.
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(*args, **kwargs).arguments
+        call = functools.partial(original, *args, **kwargs)
+        for around in tuple(arounds):
+            call = functools.partial(around, call, arguments)
+        return call()
+
+    setattr(wrapped, _AROUNDS, arounds)
+    return wrapped
+
+
+@dataclass(frozen=True)
+class _Wrapper:
+    """What was put around a method; the last that is removed shows the class's method again."""
+
+    owner: nn.Module
+    name: str
+    arounds: list[Around]
+    around: Around
+
+    def remove(self) -> None:
+        """Take it away again."""
+        if self.around in self.arounds:
+            self.arounds.remove(self.around)
+        if not self.arounds:
+            vars(self.owner).pop(self.name, None)

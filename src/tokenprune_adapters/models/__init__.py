@@ -1,1 +1,0 @@
-"""Whole models: where each kind keeps its tower, projector and language model."""

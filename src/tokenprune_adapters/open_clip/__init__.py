@@ -1,0 +1,1 @@
+"""Vision towers of open_clip: their signals, and reduction inside them."""

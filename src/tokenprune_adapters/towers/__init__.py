@@ -1,1 +1,0 @@
-"""Vision towers: how to read visual tokens and signals from each kind."""

@@ -1,0 +1,1 @@
+"""Training of the pocket model that tokenprune ships. Not part of the package."""
