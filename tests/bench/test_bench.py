@@ -8,6 +8,7 @@ import pytest
 import tokenprune
 from support.llava import tiny_llava
 from tokenprune.bench import DataError, bench, pocket
+from tokenprune.bench import rounds as bench_rounds
 from tokenprune.bench.data import Sample
 from tokenprune.bench.entrants import enter
 from tokenprune.bench.plots import plot
@@ -209,15 +210,15 @@ def test_everybody_is_warmed_up_before_times_are_taken(
     shipped, samples, monkeypatch, batch, rounds, timed
 ):
     answered = []
-    real = rounds._answer
+    real = bench_rounds._answer
 
     def noting(model, processor, inputs, entrant, *rest):
         answered.append(entrant.label)
         real(model, processor, inputs, entrant, *rest)
 
     entrants = enter(["vtc-cls"], [0.25])[:3]
-    monkeypatch.setattr(rounds, "_answer", noting)
-    found = rounds.ask(
+    monkeypatch.setattr(bench_rounds, "_answer", noting)
+    found = bench_rounds.ask(
         *shipped, samples[:4], entrants, text=prompter(shipped[1]), batch=batch, max_new_tokens=1
     )
     assert answered == [one.label for one in entrants] * rounds

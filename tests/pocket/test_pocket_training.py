@@ -19,7 +19,7 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from tokenprune_adapters.pocket import tower, train
+from train_pocket import tower, train
 torch.set_num_threads(1)
 calls, draw = 0, tower.draw
 def mortal(*arguments):

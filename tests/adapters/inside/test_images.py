@@ -18,14 +18,14 @@ def test_part_of_an_image_is_refused() -> None:
 
 
 def test_images_are_numbered_over_the_whole_batch() -> None:
-    """Text is -1, and so is the place of a slot without a patch."""
+    """Text is -1, and so is the patch of a slot without a patch."""
     placeholders = torch.tensor([[False, True, True, False], [True, True, True, False]])
     alike = Images.alike(placeholders[:, 1:], 2, 2)
     assert alike.image.tolist() == [[0, 0, -1], [1, 1, -1]]
-    assert alike.place.tolist() == [[0, 1, -1], [0, 1, -1]]
+    assert alike.patch.tolist() == [[0, 1, -1], [0, 1, -1]]
     packed = Images.of(placeholders, [torch.tensor([0, -1]), torch.tensor([5, 7, -1])])
     assert packed.image.tolist() == [[-1, 0, 0, -1], [1, 1, 1, -1]]
-    assert packed.place.tolist() == [[-1, 0, -1, -1], [5, 7, -1, -1]]
+    assert packed.patch.tolist() == [[-1, 0, -1, -1], [5, 7, -1, -1]]
     assert packed.slots == (2, 3)
     assert packed.tokens == (1, 2)
 

@@ -374,7 +374,7 @@ def images_not_followed(patch: Patch) -> None:
         lambda self, layout: replace(
             self,
             image=self.image[:, -layout.index.shape[1] :],
-            place=self.place[:, -layout.index.shape[1] :],
+            patch=self.patch[:, -layout.index.shape[1] :],
         ),
     )
 
@@ -401,7 +401,9 @@ def selected_again_at_decode(patch: Patch) -> None:
             late = run.segments[2]
             if valid is not None and late.after.valid is not None:
                 keys = late.after.valid.shape[1]
-                mask = prompt_layout.causal_mask(valid[:, -keys:], 3, 1, keys, "sdpa", late.place)
+                mask = prompt_layout.causal_mask(
+                    valid[:, -keys:], 3, 1, keys, "sdpa", late.positions
+                )
                 run.segments[2] = replace(late, mask=mask)
         return result
 

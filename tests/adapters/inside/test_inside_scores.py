@@ -148,7 +148,7 @@ def test_tokens_of_a_stage_inside_are_hidden_states_in_raster_order(llava: Any) 
     first, later = seen
     visual = inputs["input_ids"] == IMAGE
     torch.testing.assert_close(first.features.flatten(0, 1), states[1][visual], rtol=0, atol=1e-5)
-    assert torch.equal(first.positions, torch.arange(PATCHES).expand(3, -1))
+    assert torch.equal(first.patches, torch.arange(PATCHES).expand(3, -1))
     assert torch.equal(later.patches, torch.arange(PATCHES - 6, PATCHES).expand(3, -1))
     assert first.ids[0] == first.ids[2] != first.ids[1]
     assert torch.equal(later.ids, first.ids)
