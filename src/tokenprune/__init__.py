@@ -11,6 +11,7 @@ from .errors import (
     AttachError,
     BudgetError,
     MissingSignalError,
+    PlanError,
     PluginError,
     ScoreError,
     ShapeError,
@@ -21,6 +22,7 @@ from .errors import (
 )
 from .hooks import Removable
 from .kept_patches import Kept, Origin
+from .memberships import Memberships
 from .observation import Attended, Observation
 from .placement import AfterLayer, BeforeLLM, Placement
 from .plan import Plan
@@ -99,6 +101,7 @@ __all__ = [
     "Kept",
     "Keys",
     "LastQueryAttention",
+    "Memberships",
     "MissingSignalError",
     "ModelAdapter",
     "ModelPlugin",
@@ -106,6 +109,7 @@ __all__ = [
     "Origin",
     "Placement",
     "Plan",
+    "PlanError",
     "PluginError",
     "Pool",
     "PoolAttention",

@@ -70,10 +70,9 @@ def _taken(reduction: Reduction, rows: list[int]) -> Reduction:
         return x.index_select(0, which)
 
     fields = ("features", "mask", "patches", "sizes", "protected", "ids")
-    weights = None if plan.weights is None else take(plan.weights)
     return Reduction(
         VisualTokens(*(take(getattr(tokens, name)) for name in fields)),
-        Plan(take(plan.anchors), take(plan.mask), plan.tokens, weights),
+        plan.take_rows(rows),
         None if reduction.scores is None else take(reduction.scores),
         None if reduction.patches is None else take(reduction.patches),
     )
@@ -92,11 +91,7 @@ def _concatenated(reductions: Sequence[Reduction]) -> Reduction:
         ]
         return torch.cat([x.to(device) for x in padded])
 
-    plans, tokens = [each.plan for each in reductions], [each.tokens for each in reductions]
-    weights = None
-    if any(plan.weights is not None for plan in plans):
-        dense = [plan.dense() for plan in plans]
-        weights = cat([pad(x, (0, slots - x.shape[2])) for x in dense], kept)
+    tokens = [each.tokens for each in reductions]
     fields = ("features", "mask", "patches", "sizes", "protected")
     columns = [cat([getattr(each, name) for each in tokens], kept) for name in fields]
     columns.append(torch.cat([each.ids.to(device) for each in tokens]))
@@ -104,12 +99,7 @@ def _concatenated(reductions: Sequence[Reduction]) -> Reduction:
     patches = [each.patches for each in reductions if each.patches is not None]
     return Reduction(
         VisualTokens(*columns),
-        Plan(
-            cat([plan.anchors for plan in plans], kept),
-            cat([plan.mask for plan in plans], kept),
-            slots,
-            weights,
-        ),
+        Plan.concatenated([each.plan for each in reductions]),
         cat(scores, slots) if len(scores) == len(reductions) else None,
         cat(patches, slots, -1) if len(patches) == len(reductions) else None,
     )

@@ -11,6 +11,10 @@ class ShapeError(TokenpruneError, ValueError):
     """A tensor has the wrong axes, dtype or device."""
 
 
+class PlanError(TokenpruneError, ValueError):
+    """A plan that no reducer may make: a slot kept twice, out of order, or not there."""
+
+
 class BudgetError(TokenpruneError, ValueError):
     """A budget that cannot be met: zero before the LLM, negative, a fraction above one."""
 

@@ -7,15 +7,17 @@ states, position ids, masks, keys.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
-from einops import rearrange, repeat
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-from .errors import ShapeError
-from .precision import full_precision
+from .errors import PlanError, ShapeError
+from .gather import gather_rows
+from .memberships import Memberships
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,16 +26,23 @@ class Plan:
 
     Attributes:
         anchors: `(batch, kept)` int64, strictly increasing where `mask`: the slot from which each
-            kept token takes its place (itself, or the smallest member of its group).
+            kept token takes its patch (itself, or the smallest member of its group).
         mask: `(batch, kept)` bool, False where a row keeps fewer tokens than the longest one.
-        tokens: slots per row of what the plan is applied to.
-        weights: `(batch, kept, tokens)` float32, or None for a pure selection, which copies bits.
+        tokens: number of slots per row of what the plan is applied to.
+        members: what kept tokens are merged from, or None for a pure selection, which copies bits.
+        lengths: number of kept tokens per row; counted, with one host sync, where it is not given.
+
+    Raises:
+        ShapeError: an axis, dtype or device is wrong.
+        PlanError: anchors repeat, decrease or lie outside of the row, or members do. Looked at
+            where it costs no host sync: on a CPU, outside of `torch.compile`.
     """
 
     anchors: Tensor
     mask: Tensor
     tokens: int
-    weights: Tensor | None = None
+    members: Memberships | None = None
+    lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.anchors.ndim != 2 or self.anchors.shape != self.mask.shape:
@@ -45,25 +54,30 @@ class Plan:
             raise ShapeError(
                 f"anchors must be int64 and mask bool, got {self.anchors.dtype}, {self.mask.dtype}"
             )
-        expected = (*self.anchors.shape, self.tokens)
-        weights = self.weights
-        if weights is not None and (weights.shape != expected or weights.dtype != torch.float32):
-            raise ShapeError(
-                f"weights must be float32 with axes (batch kept tokens) = {expected}, "
-                f"got {weights.dtype} {tuple(weights.shape)}"
-            )
+        free = self.anchors.device.type == "cpu" and not torch.compiler.is_compiling()
+        if self.members is not None:
+            self.members.check(len(self.anchors), self.tokens, self.anchors.shape[1], free)
+        if len(self.lengths) != len(self.mask):
+            object.__setattr__(self, "lengths", tuple(self.mask.sum(1).tolist()))
+        if free:
+            self._check_anchors()
 
-    @cached_property
-    def lengths(self) -> tuple[int, ...]:
-        """Kept tokens per row. One host sync, unless the constructor knew them."""
-        return tuple(self.mask.sum(1).tolist())
+    def _check_anchors(self) -> None:
+        anchors, mask = self.anchors, self.mask
+        outside = mask & ((anchors < 0) | (anchors >= self.tokens))
+        if bool(outside.any()):
+            raise PlanError(
+                f"anchors must be slots in [0, {self.tokens}), got {anchors[outside].tolist()}: "
+                f"no slot of {self.tokens}"
+            )
+        if bool((mask[:, 1:] & (anchors.diff() <= 0)).any()):
+            raise PlanError(f"anchors must increase where mask is True, got {anchors.tolist()}")
 
     @classmethod
     def of_indices(cls, anchors: Tensor, tokens: int) -> Plan:
         """Keep the slots `anchors`, `(batch, kept)` int64, ascending: as many in every row."""
-        plan = cls(anchors, torch.ones_like(anchors, dtype=torch.bool), tokens)
-        plan.__dict__["lengths"] = (anchors.shape[1],) * anchors.shape[0]
-        return plan
+        mask = torch.ones_like(anchors, dtype=torch.bool)
+        return cls(anchors, mask, tokens, lengths=(anchors.shape[-1],) * len(anchors))
 
     @classmethod
     def identity(cls, mask: Tensor, lengths: tuple[int, ...] | None = None) -> Plan:
@@ -93,9 +107,7 @@ class Plan:
         kept = max(lengths, default=0)
         order = torch.argsort(keep.logical_not().to(torch.uint8), dim=1, stable=True)[:, :kept]
         mask = keep.gather(1, order)
-        plan = cls(order.masked_fill(~mask, 0), mask, keep.shape[1])
-        plan.__dict__["lengths"] = lengths
-        return plan
+        return cls(order.masked_fill(~mask, 0), mask, keep.shape[1], lengths=lengths)
 
     @classmethod
     def group(cls, groups: Tensor, sizes: Tensor, lengths: tuple[int, ...] | None = None) -> Plan:
@@ -127,22 +139,62 @@ class Plan:
         anchors = real & (anchor_of == slots)
         base = cls.select(anchors, lengths)
         kept = base.anchors.shape[1]
-        # Which of the kept slots each token goes to; what is dropped goes to one more.
+        # Which of the kept tokens each slot goes to.
         number = (anchors.cumsum(1) - 1).gather(1, anchor_of.clamp(max=max(tokens - 1, 0)))
-        goal = torch.where(real, number, kept)
-        mass = torch.zeros(batch, kept + 1, tokens, device=groups.device)
-        mass.scatter_(1, goal[:, None, :], sizes[:, None, :].to(torch.float32))
-        mass = mass[:, :kept]
-        weights = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        plan = cls(base.anchors, base.mask, tokens, weights)
-        plan.__dict__["lengths"] = base.lengths
-        plan.__dict__["_goal"] = goal
-        return plan
+        goals, mass = torch.where(real, number, -1), sizes.to(torch.float32)
+        each = Memberships(goals, mass)
+        total = each.spread(each.sizes(mass, kept))
+        shares = torch.where(real, mass / total.clamp(min=torch.finfo(torch.float32).tiny), 0)
+        return cls(base.anchors, base.mask, tokens, Memberships(goals, shares), base.lengths)
+
+    @classmethod
+    def of_weights(cls, anchors: Tensor, mask: Tensor, weights: Tensor) -> Plan:
+        """A plan from a matrix, for a merge that is easier to write so.
+
+        Costs memory for kept x tokens numbers and a host sync; `group` costs neither.
+
+        Args:
+            anchors: as in `Plan`.
+            mask: as in `Plan`.
+            weights: `(batch, kept, tokens)` float32, share of each slot in each kept token.
+
+        >>> weights = torch.tensor([[[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]])
+        >>> Plan.of_weights(torch.tensor([[0, 2]]), torch.tensor([[True, True]]), weights).source()
+        tensor([[0, 0, 1]])
+        """
+        expected = anchors.shape
+        if weights.ndim != 3 or weights.shape[:2] != expected or weights.dtype != torch.float32:
+            raise ShapeError(
+                f"weights must be float32 with axes (batch kept tokens) = {tuple(expected)} + "
+                f"(tokens,), got {weights.dtype} {tuple(weights.shape)}"
+            )
+        return cls(anchors, mask, weights.shape[2], Memberships.of_weights(weights))
+
+    @classmethod
+    def concatenated(cls, plans: Sequence[Plan]) -> Plan:
+        """One plan of the rows of all `plans`, for as many slots as the longest was made for."""
+        tokens = max(plan.tokens for plan in plans)
+        kept = max(plan.anchors.shape[1] for plan in plans)
+        device = plans[0].mask.device
+
+        def cat(tensors: Sequence[Tensor]) -> Tensor:
+            return torch.cat([F.pad(x, (0, kept - x.shape[1])).to(device) for x in tensors])
+
+        members = None
+        if any(plan.members is not None for plan in plans):
+            members = Memberships.concatenated([plan._memberships() for plan in plans])
+        return cls(
+            cat([plan.anchors for plan in plans]),
+            cat([plan.mask for plan in plans]),
+            tokens,
+            members,
+            tuple(length for plan in plans for length in plan.lengths),
+        )
 
     @property
     def is_identity(self) -> bool:
-        """Whether every slot stays in its place, unmerged (never where a row is padded)."""
-        return self.weights is None and all(n == self.tokens for n in self.lengths)
+        """Whether every slot stays as it is, unmerged (never where a row is padded)."""
+        return self.members is None and all(n == self.tokens for n in self.lengths)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Put anything with axes `(batch, tokens, ...)` through the plan: `(batch, kept, ...)`.
@@ -157,29 +209,32 @@ class Plan:
                 f"x must have axes (batch tokens ...) = {expected} + (...), got {tuple(x.shape)}"
             )
         taken = self._take(x)
-        if self.weights is None or not x.is_floating_point():
+        members, kept = self.members, self.anchors.shape[1]
+        if members is None or not x.is_floating_point():
             return taken
         dtype = torch.promote_types(x.dtype, torch.float32)
         flat = x.flatten(2) if x.ndim > 2 else x[:, :, None]
-        goal: Tensor | None = self.__dict__.get("_goal")
-        if goal is not None and x.device.type == "cpu":
-            mixed = _add_up(goal, self.weights, flat.to(dtype))
-        else:
-            mixed = _mix(self.weights.to(dtype), flat.to(dtype))
-        mixed = mixed.to(x.dtype).reshape(taken.shape)
-        own = self.weights.gather(2, self.anchors[:, :, None]).squeeze(2)
-        alone = ((self.weights != 0).sum(-1) == 1) & (own == 1)
+        mixed = members.add_up(flat.to(dtype), kept).to(x.dtype).reshape(taken.shape)
+        alone = (self.counts() == 1) & (members.share_of(self.anchors) == 1)
         copy = (alone | ~self.mask).reshape(*alone.shape, *(1,) * (taken.ndim - 2))
         return torch.where(copy, taken, mixed)
 
     def _take(self, x: Tensor) -> Tensor:
-        batch, tokens = x.shape[:2]
-        offset = torch.arange(batch, device=x.device)[:, None] * tokens
-        taken = x.flatten(0, 1).index_select(0, (self.anchors + offset).flatten())
-        taken = taken.reshape(*self.anchors.shape, *x.shape[2:])
+        taken = gather_rows(x, self.anchors)
         if all(length == self.anchors.shape[1] for length in self.lengths):
             return taken
         return taken.masked_fill(~self.mask.reshape(*self.mask.shape, *(1,) * (x.ndim - 2)), 0)
+
+    def take_rows(self, rows: Sequence[int]) -> Plan:
+        """The plan of some of its rows, in the order given."""
+        which = torch.tensor(rows, dtype=torch.int64, device=self.mask.device)
+        return Plan(
+            self.anchors.index_select(0, which),
+            self.mask.index_select(0, which),
+            self.tokens,
+            None if self.members is None else self.members.take_rows(which),
+            tuple(self.lengths[row] for row in rows),
+        )
 
     def then(self, after: Plan) -> Plan:
         """This plan followed by `after`, which was made for what this one gives."""
@@ -188,18 +243,20 @@ class Plan:
                 f"the plan gives {self.anchors.shape[1]} slots, the next was made for "
                 f"{after.tokens}"
             )
-        weights = None
-        if self.weights is not None or after.weights is not None:
-            with full_precision(self.anchors.device):
-                weights = torch.bmm(after.dense(), self.dense())
-        plan = Plan(self.anchors.gather(1, after.anchors), after.mask, self.tokens, weights)
-        plan.__dict__["lengths"] = after.lengths
-        return plan
+        members = after.members
+        if self.members is not None and members is not None:
+            members = self.members.then(members, after.tokens)
+        elif members is not None:
+            members = members.drawn(self.anchors, self.mask)
+        elif self.members is not None:
+            members = self.members.moved(after._numbers())
+        anchors = self.anchors.gather(1, after.anchors)
+        return Plan(anchors, after.mask, self.tokens, members, after.lengths)
 
     def dense(self) -> Tensor:
-        """The map as a matrix, `(batch, kept, tokens)` float32."""
-        if self.weights is not None:
-            return self.weights
+        """The map as a matrix, `(batch, kept, tokens)` float32: made when asked, and not kept."""
+        if self.members is not None:
+            return self.members.dense(self.tokens, self.anchors.shape[1])
         slots = torch.arange(self.tokens, device=self.anchors.device)
         chosen = (rearrange(self.anchors, "b k -> b k 1") == slots) & self.mask[:, :, None]
         return chosen.to(torch.float32)
@@ -213,56 +270,29 @@ class Plan:
         >>> Plan.select(torch.tensor([[True, False, True]])).source()
         tensor([[ 0, -1,  1]])
         """
+        own = self._numbers()
+        if self.members is None:
+            return own
+        return torch.where(own >= 0, own, self.members.owners(self.tokens))
+
+    def counts(self) -> Tensor:
+        """`(batch, kept)` int64, number of slots that each kept token is made of."""
+        if self.members is None:
+            return self.mask.to(torch.int64)
+        return self.members.counts(self.anchors.shape[1])
+
+    def _memberships(self) -> Memberships:
+        """Those of a merge; of a selection, every token as its own only member."""
+        if self.members is not None:
+            return self.members
+        own = self._numbers()
+        return Memberships(own, (own >= 0).to(torch.float32))
+
+    def _numbers(self) -> Tensor:
+        """`(batch, tokens)` int64 number of the kept token that each slot anchors, or -1."""
         batch, kept = self.anchors.shape
-        source = self.anchors.new_full((batch, self.tokens), -1)
-        if kept == 0:
-            return source
-        if self.weights is not None:
-            weight, slot = self.weights.max(1)
-            source = torch.where(weight > 0, slot, source)
-        numbers = repeat(torch.arange(kept, device=source.device), "k -> b k", b=batch)
         # Fillers write to a spare column, so that no real entry is overwritten.
-        spare = torch.cat([source, source[:, :1]], dim=1)
+        spare = self.anchors.new_full((batch, self.tokens + 1), -1)
+        numbers = torch.arange(kept, device=spare.device).expand(batch, -1)
         spare.scatter_(1, self.anchors.masked_fill(~self.mask, self.tokens), numbers)
         return spare[:, : self.tokens]
-
-
-def _add_up(goal: Tensor, weights: Tensor, x: Tensor) -> Tensor:
-    """`_mix` where every token is in one group at most: each is looked at once.
-
-    On a CPU alone, where the order of the sum is that of the tokens; a GPU adds in any order.
-
-    Args:
-        goal: `(batch, tokens)` int64, the group of each token; as many as there are for none.
-        weights: `(batch, kept, tokens)`.
-        x: `(batch, tokens, channels)`.
-    """
-    batch, kept = weights.shape[:2]
-    if kept == 0:
-        return x[:, :0]
-    share = weights.gather(1, goal.clamp(max=kept - 1)[:, None, :]).squeeze(1).to(x.dtype)
-    # Without weight a token must not reach its group: 0 * inf is NaN.
-    row = torch.arange(batch, device=x.device)[:, None] * kept
-    target = torch.where((goal < kept) & (share != 0), goal + row, batch * kept)
-    summed = x.new_zeros(batch * kept + 1, x.shape[2])
-    summed = summed.index_add(0, target.flatten(), (x * share[:, :, None]).flatten(0, 1))
-    return summed[:-1].reshape(batch, kept, x.shape[2])
-
-
-def _mix(weights: Tensor, x: Tensor) -> Tensor:
-    """`weights @ x` over members alone: what has no weight in a group cannot reach it.
-
-    Plain matrix products let inf and NaN through, because 0 * inf is NaN.
-    """
-    with full_precision(x.device):
-        mixed = torch.bmm(weights, x)
-        # The sum of what came out is cheap, and not finite if anything that went in was not.
-        if bool(mixed.sum().isfinite()):
-            return mixed
-        mixed = torch.bmm(weights, x.where(x.isfinite(), 0))
-        member = (weights != 0).to(x.dtype)
-        for value in (torch.inf, -torch.inf, torch.nan):
-            there = x.isnan() if value != value else x == value
-            reached = torch.bmm(member, there.to(x.dtype)) > 0
-            mixed = mixed + reached.to(x.dtype).masked_fill(reached, value)
-        return mixed

@@ -110,11 +110,8 @@ class VisualTokens:
 
     def reduce(self, plan: Plan) -> VisualTokens:
         """These tokens put through `plan`: features mixed, sizes summed, the rest taken."""
-        if plan.weights is None:
-            sizes = plan(self.sizes)
-        else:
-            # A sum, not a matrix product: counts stay exact under autocast and TF32.
-            sizes = torch.where(plan.weights != 0, self.sizes[:, None, :], 0).sum(-1)
+        members, kept = plan.members, plan.anchors.shape[1]
+        sizes = plan(self.sizes) if members is None else members.sizes(self.sizes, kept)
         reduced = VisualTokens(
             plan(self.features),
             plan.mask,

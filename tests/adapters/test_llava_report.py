@@ -156,8 +156,8 @@ def test_kept_tells_the_anchor_of_a_merged_token(llava: MakeLlava) -> None:
     with tokenprune.attach(llava(), "tome(5)") as attachment:
         generate(llava(), collate(prompts()[:1]), steps=1)
     plan = attachment.last.plan
-    assert plan.weights is not None
-    members = [row.nonzero().flatten().tolist() for row in plan.weights[0]]
+    assert plan.members is not None
+    members = [row.nonzero().flatten().tolist() for row in plan.dense()[0]]
     assert max(map(len, members)) > 1
     (kept,) = attachment.report.kept
     assert kept.patch == tuple(min(each) for each in members)

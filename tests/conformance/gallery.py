@@ -284,7 +284,7 @@ class EmptyCluster(Merging):
         plan = super().plan(tokens, scores, signals)
         weights = plan.dense().clone()
         weights[:, -1] = weights[:, -1] * 0 / weights[:, -1].sum(-1, keepdim=True).mul(0)
-        return Plan(plan.anchors, plan.mask, plan.tokens, weights)
+        return Plan.of_weights(plan.anchors, plan.mask, weights)
 
 
 @reducer("P2", "empty group")
@@ -295,7 +295,7 @@ class ZeroCluster(Merging):
         plan = super().plan(tokens, scores, signals)
         weights = plan.dense().clone()
         weights[:, -1] = 0
-        return Plan(plan.anchors, plan.mask, plan.tokens, weights)
+        return Plan.of_weights(plan.anchors, plan.mask, weights)
 
 
 @reducer("P2", "weights on padding")
@@ -304,7 +304,7 @@ class WeighsPadding(Merging):
         plan = super().plan(tokens, scores, signals)
         weights = plan.dense() + 1.0
         weights = weights / weights.sum(-1, keepdim=True)
-        return Plan(plan.anchors, plan.mask, plan.tokens, weights * plan.mask[:, :, None])
+        return Plan.of_weights(plan.anchors, plan.mask, weights * plan.mask[:, :, None])
 
 
 @reducer("P3", "must leave")
@@ -363,7 +363,7 @@ class AlwaysMerges(Merging):
             return plan
         weights = plan.dense().clone()
         weights[:, 0] = (weights[:, 0] + weights[:, 1]) / 2
-        return Plan(plan.anchors, plan.mask, plan.tokens, weights)
+        return Plan.of_weights(plan.anchors, plan.mask, weights)
 
 
 @reducer("P6", "not a mean by sizes")
@@ -389,7 +389,7 @@ class ScalesWhatItKeeps(Scored):
 
     def plan(self, tokens: VisualTokens, scores: Tensor | None, signals: Signals) -> Plan:
         plan = right(self, tokens, scores)
-        return Plan(plan.anchors, plan.mask, plan.tokens, plan.dense() * 0.5)
+        return Plan.of_weights(plan.anchors, plan.mask, plan.dense() * 0.5)
 
 
 @reducer("P8", "with score")
@@ -438,7 +438,7 @@ class MeanOverTheWholeBatch(Merging):
     def plan(self, tokens: VisualTokens, scores: Tensor | None, signals: Signals) -> Plan:
         plan = super().plan(tokens, scores, signals)
         weights = plan.dense() * tokens.mask.sum(1)[:, None, None] / tokens.mask.sum(1).max()
-        return Plan(plan.anchors, plan.mask, plan.tokens, weights)
+        return Plan.of_weights(plan.anchors, plan.mask, weights)
 
 
 @reducer("P10", "merged")
@@ -450,7 +450,7 @@ class TargetPlusMean(Merging):
         weights = plan.dense()
         own = Plan(plan.anchors, plan.mask, plan.tokens).dense()
         several = ((weights != 0).sum(-1, keepdim=True) > 1).float()
-        return Plan(plan.anchors, plan.mask, plan.tokens, weights + own * several)
+        return Plan.of_weights(plan.anchors, plan.mask, weights + own * several)
 
 
 @dataclass(frozen=True, eq=False)
@@ -508,7 +508,7 @@ class ReadsUndeclared(Scored):
 class PlansElsewhere(Scored):
     def plan(self, tokens: VisualTokens, scores: Tensor | None, signals: Signals) -> Plan:
         plan = right(self, tokens, scores)
-        return Plan(plan.anchors.to("meta"), plan.mask.to("meta"), plan.tokens)
+        return Plan(plan.anchors.to("meta"), plan.mask.to("meta"), plan.tokens, None, plan.lengths)
 
 
 @reducer("P15", "says that it ignores scores")

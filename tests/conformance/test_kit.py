@@ -189,8 +189,8 @@ def test_budgets_are_legal(keep):
 @given(plans())
 def test_plans_are_plans(plan):
     assert min(plan.lengths) >= 1
-    if plan.weights is not None:
-        sums = plan.weights.sum(-1)[plan.mask]
+    if plan.members is not None:
+        sums = plan.dense().sum(-1)[plan.mask]
         assert torch.allclose(sums, torch.ones_like(sums))
 
 

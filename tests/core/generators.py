@@ -99,11 +99,25 @@ def groupings(draw: st.DrawFn, tokens: VisualTokens) -> Tensor:
 
 @st.composite
 def plans(draw: st.DrawFn, tokens: VisualTokens) -> Plan:
-    """A selection or a grouping of the real tokens."""
+    """A selection of the real tokens, groups of them, or memberships in several kept tokens."""
     groups = draw(groupings(tokens))
-    if draw(st.booleans()):
+    kind = draw(st.sampled_from(["select", "group", "share"]))
+    if kind == "group":
         return Plan.group(groups, tokens.sizes)
-    return Plan.select(groups >= 0)
+    kept = Plan.select(groups >= 0)
+    if kind == "select":
+        return kept
+    return shared(kept, tokens.mask, draw(st.integers(0, 99)))
+
+
+def shared(kept: Plan, mask: Tensor, seed: int) -> Plan:
+    """A plan with the tokens of `kept`, each of which has some of a few others, too."""
+    generator = torch.Generator().manual_seed(seed)
+    own = kept.dense()
+    others = torch.rand(own.shape, generator=generator)
+    others = others * (torch.rand(own.shape, generator=generator) > 0.7)
+    real = mask[:, None, :] & kept.mask[:, :, None]
+    return Plan.of_weights(kept.anchors, kept.mask, own + others * real)
 
 
 @st.composite

@@ -60,7 +60,7 @@ def test_select_keeps_the_marked_slots_in_order(data: st.DataObject) -> None:
     check_structure(plan)
     for row in range(len(keep)):
         assert slots_of(plan, row) == [i for i, marked in enumerate(keep[row].tolist()) if marked]
-    assert plan.weights is None
+    assert plan.members is None
 
 
 @given(st.data())
@@ -263,7 +263,7 @@ def test_a_plain_matrix_product_would_leak() -> None:
 def test_a_single_member_away_from_its_anchor_is_not_mistaken_for_the_anchor() -> None:
     """A cluster may be represented by a token that stands elsewhere."""
     weights = torch.tensor([[[0.0, 0.0, 1.0]]])
-    plan = Plan(torch.tensor([[0]]), torch.ones(1, 1, dtype=torch.bool), 3, weights)
+    plan = Plan.of_weights(torch.tensor([[0]]), torch.ones(1, 1, dtype=torch.bool), weights)
     assert plan(torch.tensor([[[7.0], [8.0], [9.0]]])).item() == 9
 
 
@@ -303,7 +303,7 @@ def test_then_of_selections_is_a_selection_that_copies_bits(data: st.DataObject)
     kept = tokens.reduce(first)
     second = Plan.select(kept.mask & data.draw(visual_tokens_mask(kept)))
     both = first.then(second)
-    assert both.weights is None
+    assert both.members is None
     assert same_bits(both(tokens.features), second(first(tokens.features)))
 
 
@@ -322,21 +322,21 @@ def test_source_and_anchors_agree(data: st.DataObject) -> None:
 
 def test_source_of_a_token_with_several_owners_is_the_heaviest_and_an_anchor_its_own() -> None:
     weights = torch.tensor([[[0.5, 0.3, 0.1], [0.5, 0.6, 0.9]]])
-    plan = Plan(torch.tensor([[0, 2]]), torch.ones(1, 2, dtype=torch.bool), 3, weights)
+    plan = Plan.of_weights(torch.tensor([[0, 2]]), torch.ones(1, 2, dtype=torch.bool), weights)
     assert plan.source().tolist() == [[0, 1, 1]]
 
 
 def test_an_anchor_reports_its_own_slot_though_it_weighs_more_in_another() -> None:
     """In merging plans too: PruMerge's kept tokens are neighbours of each other."""
     weights = torch.tensor([[[1.0, 5.0, 0.2, 0.0], [7.0, 1.0, 0.0, 0.3], [0.0, 0.0, 9.0, 0.0]]])
-    plan = Plan(torch.tensor([[0, 1, 3]]), torch.ones(1, 3, dtype=torch.bool), 4, weights)
+    plan = Plan.of_weights(torch.tensor([[0, 1, 3]]), torch.ones(1, 3, dtype=torch.bool), weights)
     assert plan.source().tolist() == [[0, 1, 2, 2]]  # the last weighs nothing in its own slot
 
 
 def test_fillers_of_short_rows_take_no_token_from_its_slot() -> None:
     weights = torch.tensor([[[0.2, 0.8, 0.0], [0.0, 0.0, 0.0]], [[1.0, 0.0, 0.0], [0.0, 0.4, 0.6]]])
     mask = torch.tensor([[True, False], [True, True]])
-    plan = Plan(torch.tensor([[1, 0], [0, 1]]), mask, 3, weights)
+    plan = Plan.of_weights(torch.tensor([[1, 0], [0, 1]]), mask, weights)
     assert plan.source().tolist() == [[0, 0, -1], [0, 1, 1]]
 
 
@@ -353,12 +353,12 @@ YES = torch.ones(1, 2, dtype=torch.bool)
         (lambda: Plan(torch.zeros(1, 2), YES, 3), "anchors must be int64 and mask bool"),
         (lambda: Plan(torch.zeros(1, 2).long(), YES.int(), 3), "got torch.int64, torch.int32"),
         (
-            lambda: Plan(torch.zeros(1, 2).long(), YES, 3, torch.zeros(1, 2, 4)),
-            "weights must be float32 with axes (batch kept tokens) = (1, 2, 3), "
-            "got torch.float32 (1, 2, 4)",
+            lambda: Plan.of_weights(torch.zeros(1, 2).long(), YES, torch.zeros(1, 3, 4)),
+            "weights must be float32 with axes (batch kept tokens) = (1, 2) + (tokens,), "
+            "got torch.float32 (1, 3, 4)",
         ),
         (
-            lambda: Plan(torch.zeros(1, 2).long(), YES, 3, torch.zeros(1, 2, 3).double()),
+            lambda: Plan.of_weights(torch.zeros(1, 2).long(), YES, torch.zeros(1, 2, 3).double()),
             "got torch.float64",
         ),
         (lambda: Plan.select(torch.ones(1, 2)), "keep must be bool with axes (batch tokens)"),
@@ -418,7 +418,7 @@ def test_groups_add_up_to_what_their_matrix_gives(data: st.DataObject) -> None:
     groups = torch.tensor([data.draw(numbers) for _ in range(batch)], dtype=torch.int64)
     sizes = torch.arange(batch * tokens).reshape(batch, tokens).float() % 4
     plan = Plan.group(groups.reshape(batch, tokens), sizes)
-    matrix = Plan(plan.anchors, plan.mask, plan.tokens, plan.weights)
+    matrix = Plan.of_weights(plan.anchors, plan.mask, plan.dense())
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
     x = torch.randn(batch, tokens, 2, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
     junk = data.draw(st.sampled_from([0.0, torch.inf, -torch.inf, torch.nan]))

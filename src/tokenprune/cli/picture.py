@@ -167,8 +167,7 @@ def _kept(seen: Seen, spec: str, given: Answer, truth: str | None, scale: int) -
 
 def _merged(reduction: Reduction) -> int:
     """How many kept tokens are made of several."""
-    weights = reduction.plan.weights
-    return 0 if weights is None else int(((weights != 0).sum(-1) > 1).sum())
+    return int((reduction.plan.counts() > 1).sum())
 
 
 def scoring(spec: str) -> Stage:

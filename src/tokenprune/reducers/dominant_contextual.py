@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..budget import Budgeted, Keep
+from ..gather import gather_rows
+from ..memberships import Memberships
 from ..metric import cosine
 from ..plan import Plan
 from ..signals import Signal, Signals
@@ -25,7 +27,6 @@ from .kept_counts import (
     metric_signals,
     minus,
     ranked,
-    take_rows,
 )
 
 
@@ -104,7 +105,7 @@ class DominantContextual(Budgeted, Reducer):
         is_target = torch.zeros_like(rest)
         if max(targets):
             x = metric_of(self.metric, self.layer, tokens, signals)
-            similar = cosine(x, take_rows(x, target))
+            similar = cosine(x, gather_rows(x, target))
             nearest = similar.masked_fill(~real_target[:, None, :], -2).argmax(2)
             spare = torch.cat([is_target, is_target[:, :1]], dim=1)
             spare.scatter_(1, torch.where(real_target, target, slots), True)
@@ -118,12 +119,12 @@ class DominantContextual(Budgeted, Reducer):
 
 def _added(plan: Plan, is_target: Tensor) -> Plan:
     """`plan` with every target's own weight 1, and its other members' adding up to 1."""
-    assert plan.weights is not None
-    member = plan.weights > 0
-    others = member & ~is_target[:, None, :]
+    assert plan.members is not None
+    goals, kept = plan.members.goals, plan.anchors.shape[1]
+    member = plan.members.shares > 0
+    others = member & ~is_target
     # A dominant token is the only one of its group, no target, and comes out with a weight of 1.
-    share = others / others.sum(2, keepdim=True).clamp(min=1)
-    added = member.float() - others.float() + share
-    made = Plan(plan.anchors, plan.mask, plan.tokens, added)
-    made.__dict__["lengths"] = plan.lengths
-    return made
+    merging = Memberships(goals, others.float())
+    share = 1 / merging.spread(merging.counts(kept)).clamp(min=1)
+    members = Memberships(goals, torch.where(others, share, member.float()))
+    return replace(plan, members=members)

@@ -100,14 +100,6 @@ def minus(some: Sequence[int], others: Sequence[int]) -> list[int]:
     return [one - other for one, other in zip(some, others, strict=True)]
 
 
-def take_rows(x: Tensor, slots: Tensor) -> Tensor:
-    """`(batch, m, channels)`: the rows of `(batch, tokens, channels)` at `(batch, m)` slots."""
-    batch, tokens = x.shape[:2]
-    offset = torch.arange(batch, device=x.device)[:, None] * tokens
-    taken = x.flatten(0, 1).index_select(0, (slots + offset).flatten())
-    return taken.reshape(*slots.shape, x.shape[2])
-
-
 def check_metric(metric: str, layer: int, default: int) -> None:
     """Refuse an unknown metric, and a layer where no keys are read.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..budget import Budgeted, Keep, KeepLike
 from ..errors import BudgetError
 from ..fields import check_choice, check_whole
+from ..memberships import Memberships
 from ..metric import cosine_to_all, wide
 from ..plan import Plan
 from ..signals import ClsAttention, JointClsAttention, Keys, Signal, Signals
@@ -247,22 +248,36 @@ def _merge(
     )
     if any(real < slots for real in tokens.lengths):
         keys = torch.where(tokens.mask[:, :, None], keys, 0)
-    own = plan.anchors[:, :, None] == here[:, None, :]
     near = min(config.neighbours, max(slots - 1, 0))
     similar = cosine_to_all(keys, plan.anchors)
-    similar.masked_fill_(own | ~(free[:, None, :] & merging[:, :, None]), -2)
+    similar.masked_fill_(~(free[:, None, :] & merging[:, :, None]), -2)
+    similar.scatter_(2, plan.anchors[:, :, None], -2)
     index = _nearest(similar, near)
     valid = similar.gather(2, index) > -2
-    added = torch.where(valid, attention[:, None, :].expand_as(similar).gather(2, index), 0)
-    weights = own.to(torch.float32).scatter_add_(2, index, added)
-    weights = torch.where(is_extra[:, :, None], (attention * lost)[:, None, :], weights)
-    weights = weights * plan.mask[:, :, None]
+    # A kept token is itself and its neighbours; the extra token is all that did not stay.
+    batch, kept_slots = plan.anchors.shape
+    number = torch.arange(kept_slots, device=kept.device).expand(batch, -1)
+    goals = number.masked_fill(~plan.mask | is_extra, -1)
+    near_goals = goals[:, :, None].expand_as(index).masked_fill(~valid, -1).flatten(1)
+    of_extra = torch.where(is_extra, number, -1).amax(1, keepdim=True).expand_as(lost)
+    index = index.flatten(1)
+    members = Memberships(
+        torch.cat([goals, near_goals, of_extra.masked_fill(~lost, -1)], dim=1),
+        torch.cat([torch.ones_like(goals).float(), attention.gather(1, index), attention], dim=1),
+        torch.cat([plan.anchors, index, here], dim=1),
+    )
     if config.normalize:
-        total = wide(weights).sum(2, keepdim=True)
-        weights = (weights / total.clamp(min=torch.finfo(torch.float32).tiny)).float()
-    merged = Plan(plan.anchors, plan.mask, slots, weights)
-    merged.__dict__["lengths"] = plan.lengths
-    return merged
+        members = _normalized(members, kept_slots)
+    return replace(plan, members=members)
+
+
+def _normalized(members: Memberships, kept: int) -> Memberships:
+    """The same with the shares of every kept token adding up to one."""
+    ones = wide(torch.ones_like(members.shares))[:, :, None]
+    whole = Memberships(members.goals, members.shares)
+    total = whole.add_up(ones, kept).squeeze(2).clamp(min=torch.finfo(torch.float32).tiny)
+    share = wide(members.shares) / members.spread(total)
+    return replace(members, shares=share.float())
 
 
 def _nearest(similar: Tensor, count: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..budget import Budgeted
+from ..gather import gather_rows
 from ..metric import cosine, wide
 from ..plan import Plan
 from ..signals import Signal, Signals
@@ -23,7 +24,6 @@ from .kept_counts import (
     metric_of,
     metric_signals,
     minus,
-    take_rows,
 )
 
 
@@ -71,7 +71,7 @@ class ToMe(Budgeted, Reducer):
         slots = free.slots()
         metric = metric_of(self.metric, self.layer, tokens, signals)
         if slots.shape != tokens.mask.shape or free.lengths != (slots.shape[1],) * len(counts):
-            metric = take_rows(metric, slots)
+            metric = gather_rows(metric, slots)
         sizes = wide(tokens.sizes.gather(1, slots))
         merged = _halve(metric, sizes, slots, free.lengths, left)
         # Every token is a group of its own, or dropped, unless it was merged.
@@ -130,7 +130,7 @@ def _halve(
         slots = first.gather(1, stay)
         if not any(n > u > 0 for n, u in zip(lengths, left, strict=True)):
             break
-        moved, metric = wide(take_rows(metric, source)), wide(take_rows(metric, stay))
+        moved, metric = wide(gather_rows(metric, source)), wide(gather_rows(metric, stay))
         if weight is not None:
             moved.mul_(weight.gather(1, source)[:, :, None])
             metric.mul_(weight.gather(1, stay)[:, :, None])

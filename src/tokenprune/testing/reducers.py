@@ -10,6 +10,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from ..budget import Keep
+from ..errors import PlanError
 from ..plan import Plan
 from .cases import ReducerCase
 from .generators import budgets, inputs_for, scores_for
@@ -51,8 +52,11 @@ def check_p1_anchors_increase_and_are_real(case: ReducerCase) -> None:
 
     @for_all(_calls(case, infinite=True))
     def holds(call: tuple[Inputs, int | float]) -> None:
-        inputs, keep = call
-        plan, mask = case.plan(inputs, keep), inputs.tokens.mask
+        (inputs, keep), mask = call, call[0].tokens.mask
+        try:
+            plan = case.plan(inputs, keep)
+        except PlanError as error:
+            raise AssertionError(f"{case.name}: {error}") from error
         shape = tuple(mask.shape)
         got = (plan.anchors.shape[0], plan.tokens)
         require(got == shape, f"{case.name}: the plan must be for {shape}, got {got}")
@@ -164,7 +168,7 @@ def check_p6_merging_conserves_sizes(case: ReducerCase) -> None:
     def holds(call: tuple[Inputs, int | float]) -> None:
         inputs, keep = call
         plan, tokens = case.plan(inputs, keep), inputs.tokens
-        if plan.weights is None:
+        if plan.members is None:
             return
         sizes = tokens.reduce(plan).sizes
         mass = plan(tokens.features.float()).double() * sizes[:, :, None]
@@ -215,7 +219,7 @@ def check_p8_eviction_keeps_the_highest_scores(case: ReducerCase) -> None:
     def holds(call: tuple[Inputs, int | float]) -> None:
         inputs, keep = call
         plan = case.plan(inputs, keep)
-        if inputs.scores is None or plan.weights is not None:
+        if inputs.scores is None or plan.members is not None:
             return
         for row in inputs.rows:
             kept = set(_kept(plan, row).tolist())
@@ -265,7 +269,7 @@ def check_p10_merged_features_lie_among_their_members(case: ReducerCase) -> None
     def holds(call: tuple[Inputs, int | float]) -> None:
         inputs, keep = call
         plan = case.plan(inputs, keep)
-        if plan.weights is None:
+        if plan.members is None:
             return
         features = plan(inputs.tokens.features.float())
         for row in inputs.rows:
@@ -322,7 +326,7 @@ def check_p12_selections_are_nested_in_the_budget(case: ReducerCase) -> None:
     def holds(call: tuple[Inputs, int]) -> None:
         inputs, keep = call
         fewer, more = case.plan(inputs, keep), case.plan(inputs, keep + 1)
-        if fewer.weights is not None or more.weights is not None:
+        if fewer.members is not None or more.members is not None:
             return
         for row in inputs.rows:
             small, large = _kept(fewer, row).tolist(), _kept(more, row).tolist()
@@ -360,7 +364,7 @@ def check_p14_inputs_are_untouched(case: ReducerCase) -> None:
         untouched(case.name, inputs, decide)
         for there in on_devices(inputs):
             plan, expected = case.plan(there, keep), there.tokens.features.device
-            parts = [plan.anchors, plan.mask, *([] if plan.weights is None else [plan.weights])]
+            parts = [plan.anchors, plan.mask, *_tensors(plan)]
             got = {part.device for part in parts}
             require(got == {expected}, f"{case.name} moved a plan from {expected} to {got}")
         ignores_others(case.name, inputs, decide, _same)
@@ -388,7 +392,16 @@ def check_p15_scores_are_ignored_where_it_says_so(case: ReducerCase) -> None:
 
 
 def _same(a: Plan, b: Plan) -> bool:
-    if (a.weights is None) != (b.weights is None) or a.tokens != b.tokens:
-        return False
-    weights = a.weights is None or b.weights is None or same_bits(a.weights, b.weights)
-    return torch.equal(a.anchors, b.anchors) and torch.equal(a.mask, b.mask) and weights
+    one, other = _tensors(a), _tensors(b)
+    members = len(one) == len(other) and all(map(same_bits, one, other))
+    same = torch.equal(a.anchors, b.anchors) and torch.equal(a.mask, b.mask)
+    return members and same and a.tokens == b.tokens
+
+
+def _tensors(plan: Plan) -> list[Tensor]:
+    """What a plan says of members."""
+    members = plan.members
+    if members is None:
+        return []
+    found = (members.goals, members.shares, members.slots)
+    return [each for each in found if each is not None]

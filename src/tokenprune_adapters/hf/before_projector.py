@@ -74,7 +74,7 @@ class ReduceBeforeProjector(NotCopyable):
         plan = reduction.plan
         if self.later is None:
             self.record.counted(tokens.lengths, {0: plan.lengths}, rows.origins)
-        if plan.weights is None and plan.lengths == tokens.lengths:
+        if plan.members is None and plan.lengths == tokens.lengths:
             known = _known(tokens, signals)
             return (carry(features, _Left(None, known)), *args[1:])
         kept = rows.index.gather(1, plan.anchors), plan.mask, (features.shape[0], features.shape[1])

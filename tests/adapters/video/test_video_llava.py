@@ -315,9 +315,9 @@ def test_merging_mixes_patches_of_a_video_and_never_cls(model: Any) -> None:
     with tokenprune.attach(model, "tome(7)") as attachment:
         answer = generate(model, collate([prompt]), 1)
     plan = attachment.last.plan
-    assert plan.weights is not None
+    assert plan.members is not None
     cls, patches = frame_states(model, prompt.visual[0])
-    mixed = plan.weights[0] @ patches.flatten(0, 1)
+    mixed = plan.dense()[0] @ patches.flatten(0, 1)
     core = model.model
     rows, anchors = [], plan.anchors[0].tolist()
     for frame in range(FRAMES):
@@ -409,7 +409,7 @@ class _Blur(Reducer):
         weights = (torch.eye(count) + torch.eye(count).roll(1, 1).triu()) / 2
         weights[-1, -1] = 1
         rows = weights.expand(len(tokens.mask), -1, -1)
-        return Plan(tokens.patches, tokens.mask, count, rows)
+        return Plan.of_weights(tokens.patches, tokens.mask, rows)
 
 
 @pytest.mark.parametrize("frames", [1, FRAMES])

@@ -115,7 +115,7 @@ class ReduceInside(NotCopyable):
         plan = reduction.plan
         self.record.decided(reduction, run.origins)
         run.counts[start] = plan.lengths
-        merges, drop = plan.weights is not None, None
+        merges, drop = plan.members is not None, None
         if merges:
             run.merges[start] = seats, plan
         if merges or not _keeps_all(plan, run.counts):
