@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .errors import PlanError, ShapeError
-from .gather import gather_rows
+from .gather import gather_rows, zero_fillers
 from .memberships import Memberships
 
 
@@ -223,7 +223,7 @@ class Plan:
         taken = gather_rows(x, self.anchors)
         if all(length == self.anchors.shape[1] for length in self.lengths):
             return taken
-        return taken.masked_fill(~self.mask.reshape(*self.mask.shape, *(1,) * (x.ndim - 2)), 0)
+        return zero_fillers(taken, self.mask)
 
     def take_rows(self, rows: Sequence[int]) -> Plan:
         """The plan of some of its rows, in the order given."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
@@ -235,13 +235,28 @@ class Signals(Mapping[Signal, Tensor]):
 
     def reduce(self, plan: Plan) -> Signals:
         """Every signal put through `plan` on its axis of tokens, for later steps to read."""
-        return Signals({s: _reduce(s.axes, answer, plan) for s, answer in self._answers.items()})
+        return Signals({**self, **self.along_tokens(plan)})
+
+    def along_tokens(self, change: Callable[[Tensor], Tensor]) -> Signals:
+        """Signals that have an axis of tokens, with `change` made along it; others are left out.
+
+        Args:
+            change: maps `(batch, tokens, ...)` to a tensor with as many axes, such as a plan does.
+
+        >>> import torch
+        >>> rows = Signals({ClsAttention(layers=1): torch.rand(2, 1, 16, 9)})
+        >>> rows.along_tokens(lambda x: x[:, :4])[ClsAttention(layers=1)].shape
+        torch.Size([2, 1, 16, 4])
+        """
+        return Signals(
+            {
+                signal: _along_tokens(signal.axes, answer, change)
+                for signal, answer in self._answers.items()
+                if "tokens" in signal.axes.split()
+            }
+        )
 
 
-def _reduce(axes: str, answer: Tensor, plan: Plan) -> Tensor:
-    names = axes.split()
-    if "tokens" not in names:
-        return answer
-    front = ["batch", "tokens", *(n for n in names if n not in ("batch", "tokens"))]
-    moved = plan(rearrange(answer, f"{axes} -> {' '.join(front)}"))
-    return rearrange(moved, f"{' '.join(front)} -> {axes}")
+def _along_tokens(axes: str, answer: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    front = " ".join(["batch tokens", *(n for n in axes.split() if n not in ("batch", "tokens"))])
+    return rearrange(change(rearrange(answer, f"{axes} -> {front}")), f"{front} -> {axes}")

@@ -20,7 +20,7 @@ from support.llava import picture, tiny_llava
 from tokenprune import JointClsAttention, Keys, PruMerge, Signals, VisualTokens
 from tokenprune.kept_patches import Origin
 from tokenprune_adapters.kit.attention_rows import attention, joint_attention, products
-from tokenprune_adapters.kit.budget_rows import Rows
+from tokenprune_adapters.kit.budget_rows import BudgetRows
 
 IMAGES = torch.stack([picture(seed) for seed in range(8)])
 LAYERS = (-1, 1)
@@ -97,7 +97,7 @@ def test_crops_keep_the_attention_of_their_own_cls() -> None:
     crops = torch.rand(3, 1, 4)
     joint = crops / crops.sum(-1, keepdim=True) * 0.7
     origins = [Origin(0, patches_per_crop=4), Origin(1, patches_per_crop=4)]
-    rows = Rows.of([torch.arange(8), torch.arange(8, 12)], 4, origins)
+    rows = BudgetRows.of([torch.arange(8), torch.arange(8, 12)], 4, origins)
     given = rows.signals(Signals({JointClsAttention(1): joint}))[JointClsAttention(1)]
     assert torch.equal(given[0, 0], joint[:2].flatten())
     assert torch.equal(given[1, 0, :4], joint[2, 0])

@@ -12,7 +12,7 @@ from tokenprune import Plan
 from tokenprune_adapters.kit.carry import carried, carry
 from tokenprune_adapters.kit.fingerprint import fingerprint
 from tokenprune_adapters.kit.marks import marked, spread
-from tokenprune_adapters.kit.prompt_layout import Layout, causal_mask
+from tokenprune_adapters.kit.prompt_layout import PromptLayout, causal_mask
 
 
 @st.composite
@@ -28,7 +28,7 @@ def keeps(draw: st.DrawFn) -> Tensor:
 
 @given(keeps())
 def test_a_layout_computes_the_kept_slots_in_order(keep: Tensor) -> None:
-    layout = Layout.of(keep)
+    layout = PromptLayout.of(keep)
     widest = max(int(keep.sum(1).max()), 1)
     assert layout.index.shape == (len(keep), widest)
     valid = layout.valid
@@ -43,7 +43,7 @@ def test_a_layout_computes_the_kept_slots_in_order(keep: Tensor) -> None:
 
 @given(keeps())
 def test_shortening_and_restoring(keep: Tensor) -> None:
-    layout = Layout.of(keep)
+    layout = PromptLayout.of(keep)
     numbers = torch.arange(1.0, keep.numel() + 1).reshape(keep.shape)
     x = torch.stack([numbers, -numbers], dim=-1)
     poisoned = x.masked_fill(~keep[:, :, None], -torch.inf)
@@ -60,7 +60,7 @@ def test_shortening_and_restoring(keep: Tensor) -> None:
 
 @given(keeps())
 def test_the_tail_is_kept_by_all_rows(keep: Tensor) -> None:
-    tail, logical = Layout.of(keep).tail, keep.shape[1]
+    tail, logical = PromptLayout.of(keep).tail, keep.shape[1]
     assert keep[:, logical - tail :].all()
     assert tail == logical or not keep[:, logical - tail - 1].all()
 
@@ -72,7 +72,7 @@ def test_a_dropped_slot_shows_nothing_of_an_earlier_conversation(
     """Neither of an earlier one, as long as its own has kept anything, nor of another row."""
     seams = data.draw(st.lists(st.booleans(), min_size=keep.numel(), max_size=keep.numel()))
     sample = torch.tensor(seams).reshape(keep.shape).cumsum(1)
-    layout = Layout.of(keep, sample)
+    layout = PromptLayout.of(keep, sample)
     numbers = torch.arange(1, keep.numel() + 1).reshape(keep.shape)
     back = layout.restore(layout.shorten(numbers))
     assert torch.equal(back[keep], numbers[keep])

@@ -166,17 +166,17 @@ def fillers_forgotten_at_decode(patch: Patch) -> None:
 
 
 def fillers_keep_minus_infinity(patch: Patch) -> None:
-    take = prompt_layout._take
-    patch.setattr(prompt_layout.Layout, "shorten", lambda self, x: take(x, self.index))
+    take = prompt_layout.gather_rows
+    patch.setattr(prompt_layout.PromptLayout, "shorten", lambda self, x: take(x, self.index))
 
 
 def positions_from_the_wrong_slots(patch: Patch) -> None:
     """Dropped slots show the token after them instead of the one before."""
 
     def restore(self: Any, x: Tensor) -> Tensor:
-        return prompt_layout._take(x, (self.back + 1).clamp(max=x.shape[1] - 1))
+        return prompt_layout.gather_rows(x, (self.back + 1).clamp(max=x.shape[1] - 1))
 
-    patch.setattr(prompt_layout.Layout, "restore", restore)
+    patch.setattr(prompt_layout.PromptLayout, "restore", restore)
 
 
 def no_mask_over_gaps(patch: Patch) -> None:

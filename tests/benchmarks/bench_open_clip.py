@@ -135,7 +135,7 @@ def speed(options: argparse.Namespace) -> Table:
 @torch.inference_mode()
 def rows(options: argparse.Namespace) -> Table:
     """The tap alone against the tower: whole towers scatter by more than it costs."""
-    from tokenprune_adapters.kit.query_key_maps import Projections
+    from tokenprune_adapters.kit.query_key_maps import QueryKeyMaps
 
     table = Table(title=f"[CLS] rows of 3 layers, {options.model}, batch {options.batch}")
     for column in ("dtype", "3 rows / tower", "whole tower, observed / not"):
@@ -151,7 +151,7 @@ def rows(options: argparse.Namespace) -> Table:
             return tower(pixels)
 
         def row(attention: Any = attention, x: Tensor = x) -> object:
-            return Projections.of(attention).first_row(x, x)
+            return QueryKeyMaps.of(attention).first_row(x, x)
 
         run(), row()
         alone = statistics.median(seconds(row) for _ in range(10 * options.rounds))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenprune.kept_patches import Origin
 
-from ..kit.budget_rows import Rows
+from ..kit.budget_rows import BudgetRows
 
 NEWLINE = -1
 
@@ -57,10 +57,10 @@ class Packing:
             for source, first in zip(self.sources, firsts)  # noqa: B905
         ]
 
-    def per_image(self) -> Rows:
+    def per_image(self) -> BudgetRows:
         """One row per image: its patches that are packed, in packed order."""
         numbers = [source[source != NEWLINE] for source in self.sources]
-        return Rows.of(numbers, self.patches_per_crop, self.origins)
+        return BudgetRows.of(numbers, self.patches_per_crop, self.origins)
 
     @property
     def origins(self) -> tuple[Origin, ...]:
@@ -70,7 +70,7 @@ class Packing:
             for image in range(len(self.crops))
         )
 
-    def per_crop(self) -> Rows:
+    def per_crop(self) -> BudgetRows:
         """One row per crop: its patches that are packed, in raster order."""
         present = torch.zeros(
             sum(self.crops) * self.patches_per_crop, dtype=torch.bool, device="cpu"
@@ -83,7 +83,9 @@ class Packing:
             for image, crops in enumerate(self.crops)
             for crop in range(crops)
         ]
-        return Rows.of([each[present[each]] for each in numbers], self.patches_per_crop, origins)
+        return BudgetRows.of(
+            [each[present[each]] for each in numbers], self.patches_per_crop, origins
+        )
 
 
 def _crops(core: Any, size: Tensor) -> int:

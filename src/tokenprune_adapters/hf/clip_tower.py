@@ -24,8 +24,8 @@ from tokenprune.signals import (
     Signal,
 )
 
-from ..kit.query_key_maps import Projections
-from ..kit.tower_reading import Reading, read_block
+from ..kit.query_key_maps import QueryKeyMaps
+from ..kit.tower_reading import TowerReading, read_block
 from .names import calls_of
 
 
@@ -90,7 +90,7 @@ class _Taps(NotCopyable):
         self.layers: Any = _inner(tower).encoder.layers
         self.observation = observation
         self.prefix = prefix
-        self.reading = Reading(signals, observation, feature_layer, len(self.layers))
+        self.reading = TowerReading(signals, observation, feature_layer, len(self.layers))
         self.tapped: list[tuple[Any, nn.Module, nn.Module]] = []
 
     def install(self) -> Iterator[Removable]:
@@ -124,7 +124,7 @@ class _Taps(NotCopyable):
     @torch.no_grad()
     def pool(self, attention: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self.observation.running:
-            row = Projections.of(attention).first_row(args[0].detach(), args[1].detach())
+            row = QueryKeyMaps.of(attention).first_row(args[0].detach(), args[1].detach())
             self.observation.scratch[PoolAttention] = row
 
     def finish(self, tower: nn.Module, args: object, output: object) -> None:

@@ -15,13 +15,13 @@ from tokenprune.report import Record
 from tokenprune.signals import ClsAttention, Signal
 from tokenprune.strategy import Stage
 
+from ..kit.before_projector import ReduceBeforeProjector
 from .anatomy import Anatomy
-from .before_projector import ReduceBeforeProjector
 from .checks import Encoders, check_model
 from .chunked_prefill import lost_images_guard
 from .llava_parts import check_budgets, check_select_strategy, same_layers, tower_adapter
 from .llm.image_slots import Images
-from .llm.signal_cache import SignalStore
+from .llm.signal_cache import SignalCache
 from .names import Call, Output
 from .stage_hooks import FindImages, Placed, check_placement, readable
 from .watch_attention import WatchAttention
@@ -50,7 +50,7 @@ class LlavaAdapter(ModelAdapter):
         parts = Anatomy.of(model)
         check_budgets(stages)
         placed = Placed.of(stages, parts.llm)
-        store = SignalStore(parts.core.get_input_embeddings().weight.dtype)
+        store = SignalCache(parts.core.get_input_embeddings().weight.dtype)
         if placed.before is not None or placed.inside:
             yield from same_layers(parts, _ENCODERS)
             observation = Observation()

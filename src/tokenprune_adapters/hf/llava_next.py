@@ -25,16 +25,16 @@ from tokenprune.signals import (
 from tokenprune.spec import shown
 from tokenprune.strategy import Stage
 
-from ..kit.budget_rows import Rows
+from ..kit.before_projector import ReduceBeforeProjector
+from ..kit.budget_rows import BudgetRows
 from ..kit.method_wrapper import wrap_method
 from .anatomy import Anatomy
 from .anyres import NEWLINE, Packing
-from .before_projector import ReduceBeforeProjector
 from .checks import Encoders, check_method, check_model
 from .chunked_prefill import lost_images_guard
 from .llava_parts import check_budgets, check_select_strategy, same_layers, tower_adapter
 from .llm.image_slots import Images
-from .llm.signal_cache import SignalStore
+from .llm.signal_cache import SignalCache
 from .names import Call, Output, Signature
 from .stage_hooks import FindImages, Placed, check_placement, readable
 from .watch_attention import WatchAttention
@@ -70,7 +70,7 @@ class LlavaNextAdapter(ModelAdapter):
         parts = Anatomy.of(model)
         check_budgets(stages)
         placed = Placed.of(stages, parts.llm)
-        store = SignalStore(parts.core.get_input_embeddings().weight.dtype)
+        store = SignalCache(parts.core.get_input_embeddings().weight.dtype)
         pack = _PackImages(parts, _per(placed), _newline(placed), store if placed.inside else None)
         if placed.before is not None or placed.inside:
             yield from same_layers(parts, _ENCODERS)
@@ -140,7 +140,7 @@ class _PackImages(NotCopyable):
     """
 
     def __init__(
-        self, parts: Anatomy, per: Per, newline: Newline, store: SignalStore | None
+        self, parts: Anatomy, per: Per, newline: Newline, store: SignalCache | None
     ) -> None:
         self.parts = parts
         self.signature = Signature.of(getattr(parts.core, _ENCODE))
@@ -171,7 +171,7 @@ class _PackImages(NotCopyable):
             self.store.put(features, self._local.known, packing.patches)
         return output
 
-    def rows(self) -> Rows:
+    def rows(self) -> BudgetRows:
         """Which patches share a budget, of the images being encoded."""
         packing: Packing | None = getattr(self._local, "packing", None)
         if packing is None:

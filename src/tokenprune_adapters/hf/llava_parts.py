@@ -16,10 +16,10 @@ from tokenprune.plugins import registry
 from tokenprune.spec import shown
 from tokenprune.strategy import Stage
 
+from ..kit.before_projector import other_layer
 from ..kit.marks import marked
 from ..kit.method_wrapper import wrap_method
 from .anatomy import Anatomy
-from .before_projector import other_layer
 from .checks import Encoders
 from .names import Call, Output, Signature
 

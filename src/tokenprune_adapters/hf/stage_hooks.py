@@ -22,7 +22,7 @@ from .llava_parts import SameParts, hide_marks, keep_private
 from .llm.image_slots import Images
 from .llm.inner_stages import QueryAttention, ReduceInside, RefuseCandidates
 from .llm.short_prompt import IMAGES, VISUAL, ShortenPrompts
-from .llm.signal_cache import SignalStore
+from .llm.signal_cache import SignalCache
 from .names import Call, Output, calls_of
 
 
@@ -72,7 +72,7 @@ class Placed:
         return frozenset(s for s in asked if not isinstance(s, QueryAttention))
 
     def install(
-        self, parts: Anatomy, find: FindImages, store: SignalStore, record: Record
+        self, parts: Anatomy, find: FindImages, store: SignalCache, record: Record
     ) -> Iterator[Removable]:
         """The hooks on the language model of a model, and what tells it of its images."""
         core, llm = parts.core, parts.llm

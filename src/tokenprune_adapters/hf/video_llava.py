@@ -26,16 +26,16 @@ from tokenprune.signals import (
 )
 from tokenprune.strategy import Stage, Strategy
 
-from ..kit.budget_rows import Rows
+from ..kit.before_projector import Ids, ReduceBeforeProjector
+from ..kit.budget_rows import BudgetRows
 from ..kit.carry import carried, carry
 from ..kit.method_wrapper import wrap_method
 from .anatomy import Anatomy
-from .before_projector import ReduceBeforeProjector
 from .checks import Encoders, check_model
 from .chunked_prefill import lost_images_guard
 from .llava_parts import check_select_strategy, same_layers, tower_adapter
 from .llm.image_slots import Images
-from .llm.signal_cache import Ids, SignalStore
+from .llm.signal_cache import SignalCache
 from .names import Call, Signature
 from .stage_hooks import FindImages, Placed, check_placement, readable
 from .watch_attention import WatchAttention
@@ -69,7 +69,7 @@ class VideoLlavaAdapter(ModelAdapter):
         parts = Anatomy.of(model)
         per = _per(stages)
         placed = Placed.of(stages, parts.llm)
-        store = SignalStore(parts.core.get_input_embeddings().weight.dtype)
+        store = SignalCache(parts.core.get_input_embeddings().weight.dtype)
         passes = _Passes(parts)
         if placed.before is not None or placed.inside:
             yield from same_layers(parts, _ENCODERS)
@@ -186,21 +186,21 @@ class _Passes(NotCopyable):
             setattr(output, _FRAMES, pixels.shape[1])
         return output
 
-    def per_video(self) -> Rows:
+    def per_video(self) -> BudgetRows:
         """One row per video: the patches of its frames."""
         numbers = self._numbers()
         index, patches = numbers.flatten(1), self.parts.patches_per_crop
         origins = tuple(
             Origin(video, "video", patches_per_crop=patches) for video in range(len(numbers))
         )
-        return Rows(index, torch.ones_like(index, dtype=torch.bool), patches, origins)
+        return BudgetRows(index, torch.ones_like(index, dtype=torch.bool), patches, origins)
 
-    def per_frame(self) -> Rows:
+    def per_frame(self) -> BudgetRows:
         """One row per frame."""
         numbers = self._numbers()
         videos, frames = numbers.shape[:2]
         origins = [Origin(v, "video", crop=frame) for v in range(videos) for frame in range(frames)]
-        return Rows(numbers.flatten(0, 1), None, self.parts.patches_per_crop, tuple(origins))
+        return BudgetRows(numbers.flatten(0, 1), None, self.parts.patches_per_crop, tuple(origins))
 
     def _numbers(self) -> Tensor:
         """`(videos, frames, patches)` int64: the patches that are being encoded, counted."""

@@ -1,4 +1,4 @@
-"""Attention ROWS recomputed from queries and keys, so that the model's own kernel stays on."""
+"""Attention rows, recomputed from queries and keys so that the model's own kernel stays on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CHUNK = 2**22
 
 
 def attention(query: Tensor, keys: Tensor) -> Tensor:
-    """Attention of some queries to all keys, softmax in float32.
+    """Attention rows of some queries to all keys, softmax in float32.
 
     Args:
         query: `(batch, heads, queries, channels)`.
@@ -23,12 +23,15 @@ def attention(query: Tensor, keys: Tensor) -> Tensor:
 
     Returns:
         `(batch, heads, queries, tokens)` float32; rows sum to one.
+
+    >>> attention(torch.rand(2, 8, 1, 64), torch.rand(2, 2, 577, 64)).shape
+    torch.Size([2, 8, 1, 577])
     """
     return torch.softmax(products(query, keys), dim=-1)
 
 
 def products(query: Tensor, keys: Tensor) -> Tensor:
-    """`(batch, heads, queries, tokens)` float32: scaled products, of which `attention` is softmax.
+    """Scaled products, `(batch, heads, queries, tokens)` float32, of which `attention` is softmax.
 
     Args:
         query: as for `attention`.
@@ -57,7 +60,7 @@ def dot(query: Tensor, keys: Tensor) -> Tensor:
 
 
 def joint_attention(products: Tensor) -> Tensor:
-    """Attention of one query as one head over all channels, softmax in float64.
+    """Attention row of one query as one head over all channels, softmax in float64.
 
     Args:
         products: `(batch, heads, tokens)` scaled products of ALL heads, all keys among the tokens.

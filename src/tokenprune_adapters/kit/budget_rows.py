@@ -1,4 +1,4 @@
-"""Rows of visual tokens: which patches of which crops share one budget."""
+"""Budget rows: which patches of which crops share one budget."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from tokenprune.gather import gather_flat, zero_fillers
 from tokenprune.kept_patches import Origin
 from tokenprune.signals import Signals
 from tokenprune.tokens import VisualTokens
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """A padded arrangement of the patches of all crops.
+class BudgetRows:
+    """Padded arrangement of the patches of all crops in rows, each of which has one budget.
 
     Attributes:
         index: `(rows, slots)` int64 into crops times patches; 0 where padded.
@@ -32,34 +32,41 @@ class Rows:
     origins: tuple[Origin, ...] = ()
 
     @classmethod
-    def of_crops(cls, features: Tensor) -> Rows:
+    def of_crops(cls, features: Tensor) -> BudgetRows:
         """Every crop of `(crops, patches, channels)` features is a row."""
         crops, patches = features.shape[:2]
         index = torch.arange(crops * patches, device=features.device)
         return cls(index.reshape(crops, patches), None, patches)
 
     @classmethod
-    def of(cls, numbers: list[Tensor], patches_per_crop: int, origins: Sequence[Origin]) -> Rows:
-        """One row for each `(patches,)` int64, counted over all crops, and its origin."""
+    def of(
+        cls, numbers: list[Tensor], patches_per_crop: int, origins: Sequence[Origin]
+    ) -> BudgetRows:
+        """One row for each `(patches,)` int64, counted over all crops, and its origin.
+
+        >>> origins = [Origin(0, patches_per_crop=4), Origin(1)]
+        >>> rows = BudgetRows.of([torch.arange(8), torch.arange(8, 12)], 4, origins)
+        >>> rows.tokens(torch.rand(3, 4, 16), ids=torch.tensor([7, 7, 9])).lengths
+        (8, 4)
+        """
         index = pad_sequence(numbers, batch_first=True)
         lengths = torch.tensor([len(each) for each in numbers], device=index.device)
         mask = torch.arange(index.shape[1], device=index.device) < lengths[:, None]
         return cls(index, mask, patches_per_crop, tuple(origins))
 
-    def to(self, device: torch.device) -> Rows:
+    def to(self, device: torch.device) -> BudgetRows:
         """The same on another device."""
         mask = None if self.mask is None else self.mask.to(device)
-        return Rows(self.index.to(device), mask, self.patches_per_crop, self.origins)
+        return BudgetRows(self.index.to(device), mask, self.patches_per_crop, self.origins)
 
     def tokens(self, features: Tensor, ids: Tensor) -> VisualTokens:
-        """The patches of `(crops, patches, channels)` features, in rows.
+        """Visual tokens of `(crops, patches, channels)` features, in rows.
 
-        Positions say which patch of a row's first crop or of a later one each token is: crop times
-        patches plus patch, counted within the row.
+        A patch is counted within its row: crop times patches per crop plus patch of the crop.
 
         Args:
             features: what the vision tower gave.
-            ids: `(crops,)` which picture each crop shows; a row takes that of its first crop.
+            ids: `(crops,)` int64 picture that each crop shows; a row takes that of its first crop.
         """
         first = self.index[:, 0] // self.patches_per_crop
         ids = ids.to(features.device)[first]
@@ -77,20 +84,8 @@ class Rows:
         """`(crops, patches, ...)` to `(rows, slots, ...)`, zero where padded."""
         if self.mask is None:
             return x
-        taken = x.flatten(0, 1).index_select(0, self.index.flatten())
-        taken = taken.reshape(*self.index.shape, *x.shape[2:])
-        return taken.masked_fill(~self.mask.reshape(*self.mask.shape, *(1,) * (x.ndim - 2)), 0)
+        return zero_fillers(gather_flat(x, self.index), self.mask)
 
     def signals(self, signals: Signals) -> Signals:
         """Signals of crops as signals of rows; those without an axis of tokens are left out."""
-        if self.mask is None:
-            return signals
-        answers = {}
-        for signal, answer in signals.items():
-            names = signal.axes.split()
-            if "tokens" in names:
-                front = ["batch", "tokens", *(n for n in names if n not in ("batch", "tokens"))]
-                there = f"{signal.axes} -> {' '.join(front)}"
-                back = f"{' '.join(front)} -> {signal.axes}"
-                answers[signal] = rearrange(self.take(rearrange(answer, there)), back)
-        return Signals(answers)
+        return signals if self.mask is None else signals.along_tokens(self.take)

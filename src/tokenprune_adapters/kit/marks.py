@@ -18,10 +18,14 @@ def spread(projected: Tensor, index: Tensor, mask: Tensor, shape: tuple[int, int
         projected: `(batch, kept, channels)`.
         index: `(batch, kept)` int64, the slot of each, counted over all slots of `shape`.
         mask: `(batch, kept)` bool, False for fillers.
-        shape: images (or crops) and tokens of each.
+        shape: number of images (or crops), and number of tokens of each.
 
     Returns:
         `(images, tokens, channels)`.
+
+    >>> kept = spread(torch.ones(1, 2, 5), torch.tensor([[0, 3]]), torch.ones(1, 2) > 0, (1, 4))
+    >>> marked(kept)
+    tensor([[False,  True,  True, False]])
     """
     total, channels = shape[0] * shape[1], projected.shape[2]
     # One row more, to which fillers are written.

@@ -1,4 +1,4 @@
-"""Wrap one method of one model, where hooks do not reach: `generate` calls it outside of `forward`.
+"""Wrapper of one method of one model, where hooks do not reach: `generate` calls it by itself.
 
 What is set is an attribute of the instance, so that removing it shows the class's method again.
 """
@@ -26,6 +26,19 @@ _AROUNDS = "tokenprune_arounds"
 
 def wrap_method(owner: nn.Module, name: str, around: Around) -> Iterator[Removable]:
     """Put `around` around a method of `owner`, and around what was put there before.
+
+    >>> pool = nn.AvgPool1d(2)
+    >>> (handle,) = wrap_method(pool, "extra_repr", lambda call, arguments: call() + ", wrapped")
+    >>> pool
+    AvgPool1d(kernel_size=(2,), stride=(2,), padding=(0,), wrapped)
+    >>> handle.remove()
+    >>> "extra_repr" in vars(pool)
+    False
+
+    Args:
+        owner: model that holds the method.
+        name: name of the method.
+        around: what is put around it (see `Around`).
 
     Raises:
         AttachError: somebody else has replaced the method.

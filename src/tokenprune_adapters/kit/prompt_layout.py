@@ -1,4 +1,4 @@
-"""Where tokens sit in a padded prompt: shorten it, and show it at full length again.
+"""Layout of a shortened prompt: which slots are computed, and how it is shown at full length.
 
 Pure tensor functions. *Logical* is the prompt as the processor made it, *physical* is what the
 language model computes and caches.
@@ -11,10 +11,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenprune.gather import gather_rows, zero_fillers
+
 
 @dataclass(frozen=True, eq=False)
-class Layout:
-    """Which logical slots are computed, right-aligned in every row.
+class PromptLayout:
+    """Logical slots that are computed, right-aligned in every row.
+
+    >>> layout = PromptLayout.of(torch.tensor([[True, False, True], [True, True, True]]))
+    >>> layout.shorten(torch.tensor([[5, 6, 7], [1, 2, 3]]))
+    tensor([[0, 5, 7],
+            [1, 2, 3]])
+    >>> layout.restore(torch.tensor([[0, 50, 70], [10, 20, 30]]))
+    tensor([[50, 50, 70],
+            [10, 20, 30]])
 
     Attributes:
         index: `(batch, physical)` int64, the logical slot that each physical one holds.
@@ -22,7 +32,7 @@ class Layout:
         back: `(batch, logical)` int64, the physical slot whose state each logical slot shows: its
             own, or for a dropped one that of the last kept before it in the same conversation, or
             where there is none, of the first.
-        tail: newest slots that every row keeps.
+        tail: number of newest slots that every row keeps.
     """
 
     index: Tensor
@@ -31,7 +41,7 @@ class Layout:
     tail: int
 
     @classmethod
-    def of(cls, keep: Tensor, sample: Tensor | None = None) -> Layout:
+    def of(cls, keep: Tensor, sample: Tensor | None = None) -> PromptLayout:
         """The layout that computes some slots. One sync.
 
         Args:
@@ -54,15 +64,13 @@ class Layout:
 
     def shorten(self, x: Tensor) -> Tensor:
         """`(batch, logical, ...)` to `(batch, physical, ...)`; fillers are zero."""
-        short = _take(x, self.index)
-        if self.valid is None:
-            return short
+        short = gather_rows(x, self.index)
         # A filler may hold -inf, which poisons values even where attention masks it.
-        return short.masked_fill(~self.valid.reshape(*self.valid.shape, *(1,) * (x.ndim - 2)), 0)
+        return short if self.valid is None else zero_fillers(short, self.valid)
 
     def restore(self, x: Tensor) -> Tensor:
         """`(batch, physical, ...)` to `(batch, logical, ...)`."""
-        return _take(x, self.back)
+        return gather_rows(x, self.back)
 
 
 def samples(positions: Tensor) -> Tensor:
@@ -88,12 +96,6 @@ def before_sample(counted: Tensor, sample: Tensor) -> Tensor:
     return (counted.cumsum(1) - counted.long()).masked_fill(~first, 0).cummax(1).values
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    offset = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
-    rows = x.flatten(0, 1).index_select(0, (index + offset).flatten())
-    return rows.reshape(*index.shape, *x.shape[2:])
-
-
 def causal_mask(
     valid: Tensor | None,
     batch: int,
@@ -103,18 +105,18 @@ def causal_mask(
     like: Tensor,
     sample: Tensor | None = None,
 ) -> Tensor | None:
-    """A mask over physical slots for an attention implementation of transformers.
+    """Mask over physical slots for an attention implementation of transformers.
 
     Built here because a 4-D mask is passed through unchanged by every version of transformers,
     while the helper that builds one has changed its signature three times.
 
     Args:
         valid: `(batch, keys)` bool, or None where every key is real.
-        batch: rows.
-        queries: the newest `queries` of the keys ask.
-        keys: physical slots, cached ones included.
-        attention: ``config._attn_implementation``.
-        like: a tensor of the dtype and device of the hidden states.
+        batch: number of rows.
+        queries: number of newest keys that ask.
+        keys: number of physical slots, cached ones included.
+        attention: name of the implementation, ``config._attn_implementation``.
+        like: tensor of the dtype and device of the hidden states.
         sample: `(batch, keys)` int64, the conversation of each slot, which sees no other; None
             where rows hold one.
 

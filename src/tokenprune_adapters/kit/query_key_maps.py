@@ -1,4 +1,4 @@
-"""Queries and keys of an attention module, recomputed from its input.
+"""Query and key maps of an attention module, by which they are recomputed from its input.
 
 Modules are recognised by the parts that they have. One with a part that is not known here (a
 relative bias, a second softmax) may compute anything, so it is not read.
@@ -81,12 +81,12 @@ class Linear:
 
 
 @dataclass(frozen=True, eq=False)
-class Projections:
-    """How an attention module makes queries and keys.
+class QueryKeyMaps:
+    """Query and key maps of an attention module.
 
     Attributes:
-        heads: of the queries.
-        query, key: the maps.
+        heads: number of query heads.
+        query, key: maps from its input.
         latent: `(1, queries, width)` learned queries, where the module has its own.
     """
 
@@ -96,8 +96,12 @@ class Projections:
     latent: Tensor | None = None
 
     @classmethod
-    def of(cls, attention: nn.Module) -> Projections:
-        """Those of `attention`, as its weights are now.
+    def of(cls, attention: nn.Module) -> QueryKeyMaps:
+        """Maps of `attention`, as its weights are now.
+
+        >>> x = torch.rand(2, 10, 64)
+        >>> QueryKeyMaps.of(nn.MultiheadAttention(64, num_heads=4)).first_row(x, x).shape
+        torch.Size([2, 4, 10])
 
         Raises:
             UnsupportedError: it is not made of parts that are known; the message names them.
@@ -144,7 +148,7 @@ class Projections:
         return plain and self.query.weight.shape[0] == self.key.weight.shape[0]
 
     def first_row(self, asking: Tensor, context: Tensor, turn: Turn | None = None) -> Tensor:
-        """Attention of the first token that asks, softmax in float32.
+        """Attention row of the first token that asks, softmax in float32.
 
         Args:
             asking: `(batch, queries, width)`.

@@ -1,4 +1,4 @@
-"""What one installation reads from a tower: bookkeeping that all towers share."""
+"""Reading of a vision tower: signals that are wanted, and the answers of one pass."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from .fingerprint import fingerprint
 Answers = dict[Signal, Tensor]
 
 
-class Reading(NotCopyable):
-    """Which signals of which layers are wanted, and the answers of one pass after the other.
+class TowerReading(NotCopyable):
+    """Signals that are wanted of a tower's layers, and their answers, pass after pass.
 
     Signals take no part in autograd.
 
     Args:
-        signals: what is wanted.
+        signals: signals that are wanted.
         observation: where the answers go.
         feature_layer: Python-style index of the block whose output is the features.
-        count: blocks of the tower.
+        count: number of blocks of the tower.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Reading(NotCopyable):
         self.wanted = {s: layers_of(s, self.feature_layer, count) for s in signals}
 
     def kinds(self) -> dict[int, set[type[Signal]]]:
-        """What is wanted of each layer, by its number."""
+        """Kinds of signals that are wanted of each layer, by its number."""
         found: dict[int, set[type[Signal]]] = {}
         for signal, layers in sorted(self.wanted.items(), key=lambda entry: entry[1]):
             for layer in layers:
@@ -62,18 +62,18 @@ class Reading(NotCopyable):
         return found
 
     def begin(self, pixels: Tensor) -> None:
-        """A pass starts."""
+        """Start a pass over `(batch, ...)` floating-point pixels."""
         self.observation.begin()
         self.observation.scratch["ids"] = fingerprint(pixels)
 
     def features(self, patches: Tensor) -> None:
-        """`(batch, tokens, channels)`: the features of this pass."""
+        """Note the features of this pass, `(batch, tokens, channels)` without [CLS]."""
         # A layer that gradient checkpointing runs once more, long after its tower, is not noted.
         if self.observation.running:
             self.observation.scratch["features"] = patches.detach()
 
     def finish(self, whole: Callable[[Answers], Answers] | None = None) -> None:
-        """The pass is complete: publish it.
+        """Publish the pass, which is complete.
 
         Args:
             whole: makes answers of all heads from those that this process computed, where it did
@@ -92,7 +92,7 @@ def layers_of(signal: Signal, feature_layer: int, count: int) -> tuple[int, ...]
     Args:
         signal: of a vision tower.
         feature_layer: absolute number of the block whose output is the features.
-        count: blocks.
+        count: number of blocks.
     """
     if isinstance(signal, PoolAttention):
         return ()
@@ -113,11 +113,11 @@ def read_block(
 
     Args:
         scratch: where `answers` finds it.
-        number: of the block.
-        kinds: what is wanted of it.
+        number: number of the block.
+        kinds: kinds of signals that are wanted of it.
         query: `(batch, heads, queries, channels)`, [CLS] first where its row is wanted.
         keys: `(batch, heads, prefix + tokens, channels)`.
-        prefix: tokens before the patches.
+        prefix: number of tokens before the patches.
         whole: makes `(batch, all heads, tokens)` of the same with the heads of this process; None
             where it has all.
     """

@@ -24,8 +24,8 @@ from tokenprune.signals import (
 )
 
 from ..kit.attention_rows import joint_attention
-from ..kit.query_key_maps import Projections
-from ..kit.tower_reading import Reading
+from ..kit.query_key_maps import QueryKeyMaps
+from ..kit.tower_reading import TowerReading
 from .rotary import RotaryEmbedding
 
 
@@ -70,7 +70,7 @@ class Vit:
                     f"{made.name} has blocks ({type(block).__name__}) without a part called attn"
                 )
             try:
-                Projections.of(attention)
+                QueryKeyMaps.of(attention)
             except UnsupportedError as error:
                 raise UnsupportedError(f"{made.name} is not supported: {error}") from error
         return made
@@ -122,7 +122,7 @@ class OpenClipTowerAdapter(TowerAdapter):
         feature_layer: int,
     ) -> Iterator[Removable]:
         vit = Vit.of(tower)
-        reading = Reading(signals, observation, feature_layer, len(vit.blocks))
+        reading = TowerReading(signals, observation, feature_layer, len(vit.blocks))
         hooks = _TowerHooks(vit, reading)
         yield tower.register_forward_pre_hook(hooks.begin, with_kwargs=True)
         yield vit.blocks[0].register_forward_pre_hook(hooks.count)
@@ -138,7 +138,7 @@ class OpenClipTowerAdapter(TowerAdapter):
 class _TowerHooks(NotCopyable):
     """Hooks of one installation that say when a pass starts and ends."""
 
-    def __init__(self, vit: Vit, reading: Reading) -> None:
+    def __init__(self, vit: Vit, reading: TowerReading) -> None:
         self.vit = vit
         self.reading = reading
 
@@ -206,7 +206,7 @@ class _BlockTap(NotCopyable):
             return
         self.vit.check_mask(kwargs)
         x = self.vit.batched(args[0] if args else next(iter(kwargs.values()))).detach()
-        made, prefix, rope = Projections.of(attention), self.vit.prefix, kwargs.get("rope")
+        made, prefix, rope = QueryKeyMaps.of(attention), self.vit.prefix, kwargs.get("rope")
         turn = None
         if rope is not None:
             half = bool(getattr(attention, "rotate_half", False))
@@ -235,7 +235,7 @@ class _PoolTap(NotCopyable):
     def before(self, pool: nn.Module, args: tuple[Any, ...]) -> None:
         if not self.observation.running:
             return
-        made, scratch = Projections.of(pool), self.observation.scratch
+        made, scratch = QueryKeyMaps.of(pool), self.observation.scratch
         if made.latent is not None:  # timm's: the pool gets patches and brings its query
             asking, context = made.latent, args[0].detach()
         else:  # open_clip's: the attention inside of the pool gets both

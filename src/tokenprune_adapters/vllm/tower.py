@@ -12,7 +12,7 @@ from tokenprune.hooks import NotCopyable
 from tokenprune.observation import Observation
 from tokenprune.signals import Signal
 
-from ..kit.tower_reading import Reading, read_block
+from ..kit.tower_reading import TowerReading, read_block
 from .heads import Gather, gather_heads
 
 CLS = 1
@@ -34,7 +34,7 @@ class ClipTaps(NotCopyable):
     ) -> None:
         self.observation = Observation()
         blocks = tower.vision_model.config.num_hidden_layers
-        self.reading = Reading(signals, self.observation, feature_layer, blocks)
+        self.reading = TowerReading(signals, self.observation, feature_layer, blocks)
         layers = tower.vision_model.encoder.layers
         tower.register_forward_pre_hook(self._begin, with_kwargs=True)
         for number, kinds in self.reading.kinds().items():

@@ -7,7 +7,7 @@ import torch
 
 from tokenprune import ClsAttention, Plan, Signals, UnsupportedError
 from tokenprune_adapters.hf.llm.image_slots import Images, Seats, feature_prints
-from tokenprune_adapters.hf.llm.signal_cache import SignalStore
+from tokenprune_adapters.hf.llm.signal_cache import SignalCache
 
 
 def test_part_of_an_image_is_refused() -> None:
@@ -40,7 +40,7 @@ def test_padding_of_an_image_drops_nothing() -> None:
 
 def test_images_of_the_latest_two_calls_are_remembered() -> None:
     """Whatever the capacity, and also where one has come before."""
-    store, signal = SignalStore(torch.float32, capacity=1), ClsAttention(1)
+    store, signal = SignalCache(torch.float32, capacity=1), ClsAttention(1)
     pictures = torch.rand(3, 1, 4, 8, generator=torch.Generator().manual_seed(0))
 
     def put(*numbers: int) -> None:

@@ -326,21 +326,22 @@ def padding_asks_too(patch: Patch) -> None:
         made = original(keep)
         return replace(made, valid=None)
 
-    original = prompt_layout.Layout.of
+    original = prompt_layout.PromptLayout.of
 
     class Everything:
         of = staticmethod(original)
 
     Everything.of = staticmethod(of)
-    patch.setattr(text_attention, "Layout", Everything)
+    patch.setattr(text_attention, "PromptLayout", Everything)
 
 
 def fillers_keep_minus_infinity(patch: Patch) -> None:
     def shorten_(self: Any, x: Tensor) -> Tensor:
-        return prompt_layout._take(x, self.index) if x.is_floating_point() else original(self, x)
+        take = prompt_layout.gather_rows
+        return take(x, self.index) if x.is_floating_point() else original(self, x)
 
-    original = prompt_layout.Layout.shorten
-    patch.setattr(prompt_layout.Layout, "shorten", shorten_)
+    original = prompt_layout.PromptLayout.shorten
+    patch.setattr(prompt_layout.PromptLayout, "shorten", shorten_)
 
 
 def first_scores_of_the_raster(patch: Patch) -> None:
@@ -349,7 +350,7 @@ def first_scores_of_the_raster(patch: Patch) -> None:
     def decide(self: Any, run: Any, *rest: Any) -> Any:
         before = run.known
         reduction = original(self, run, *rest)
-        run.known = before if before else signal_cache.SignalStore.get(self.store, rest[0].prints)
+        run.known = before if before else signal_cache.SignalCache.get(self.store, rest[0].prints)
         return reduction
 
     original = inner_stages.ReduceInside._decide
@@ -362,8 +363,8 @@ def signals_in_another_order(patch: Patch) -> None:
     def get(self: Any, prints: list[int], device: torch.device) -> Signals:
         return original(self, prints[::-1], device)
 
-    original = signal_cache.SignalStore.get
-    patch.setattr(signal_cache.SignalStore, "get", get)
+    original = signal_cache.SignalCache.get
+    patch.setattr(signal_cache.SignalCache, "get", get)
 
 
 def images_not_followed(patch: Patch) -> None:

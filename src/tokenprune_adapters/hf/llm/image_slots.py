@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.errors import UnsupportedError
+from tokenprune.gather import gather_flat, zero_fillers
 from tokenprune.kept_patches import Origin
 from tokenprune.plan import Plan
 
 from ...kit.fingerprint import fingerprint
-from ...kit.prompt_layout import Layout
+from ...kit.prompt_layout import PromptLayout
 
 CHANNELS = 64
 """Channels of the projected features that go into an image's fingerprint."""
@@ -111,7 +112,7 @@ class Images:
         """
         return replace(self, patch=self.patch.masked_fill(~real, -1))
 
-    def within(self, embeds: Tensor, layout: Layout | None) -> Images:
+    def within(self, embeds: Tensor, layout: PromptLayout | None) -> Images:
         """These images as a segment sees them, with fingerprints and the prompts they are in.
 
         Args:
@@ -136,7 +137,7 @@ class Images:
         known = replace(self, prints=prints, row=row)
         return known if layout is None else known.through(layout)
 
-    def through(self, layout: Layout) -> Images:
+    def through(self, layout: PromptLayout) -> Images:
         """These images after `layout` has left slots out."""
         # Fillers come out as zero, so numbers travel as one more.
         image, patch = (layout.shorten(each + 1) - 1 for each in (self.image, self.patch))
@@ -186,9 +187,7 @@ class Seats:
 
     def take(self, x: Tensor) -> Tensor:
         """`(batch, slots, ...)` to `(images, tokens, ...)`; padding is zero."""
-        taken = x.flatten(0, 1).index_select(0, self.index.flatten())
-        taken = taken.reshape(*self.index.shape, *x.shape[2:])
-        return taken.masked_fill(~self.mask.reshape(*self.mask.shape, *(1,) * (x.ndim - 2)), 0)
+        return zero_fillers(gather_flat(x, self.index), self.mask)
 
     def dropped(self, plan: Plan) -> Tensor:
         """`(batch, slots)` bool: tokens that are no anchor of `plan`."""

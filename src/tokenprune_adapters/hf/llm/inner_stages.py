@@ -31,6 +31,7 @@ from tokenprune.signals import LastQueryAttention, Signal, Signals, TextQueryAtt
 from tokenprune.strategy import Reduction, Stage
 from tokenprune.tokens import VisualTokens
 
+from ...kit.before_projector import Ids, Sizes
 from ..anatomy import attention_of
 from ..attention import Asked, ReadAttention, Reader
 from ..checks import check_ranking
@@ -39,7 +40,7 @@ from .image_slots import Images, Seats
 from .kv_cache import Shortened, state_of
 from .segment import Segment, Slots, enter
 from .short_prompt import RUN, Run
-from .signal_cache import Ids, SignalStore, Sizes, fitted
+from .signal_cache import SignalCache, fitted
 from .text_attention import Prompts, last_rows, text_rows
 
 QueryAttention = LastQueryAttention | TextQueryAttention
@@ -56,7 +57,7 @@ class ReduceInside(NotCopyable):
     """
 
     def __init__(
-        self, llm: Any, stages: dict[int, Stage], store: SignalStore, record: Record
+        self, llm: Any, stages: dict[int, Stage], store: SignalCache, record: Record
     ) -> None:
         self.llm = llm
         self.stages = stages

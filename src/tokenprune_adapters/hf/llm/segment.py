@@ -17,7 +17,7 @@ from tokenprune.placement import Positions
 from tokenprune.spec import shown
 from tokenprune.strategy import Stage
 
-from ...kit.prompt_layout import Layout, before_sample, causal_mask
+from ...kit.prompt_layout import PromptLayout, before_sample, causal_mask
 from ..anatomy import attention_of
 from .kv_cache import Shortened
 
@@ -38,7 +38,7 @@ class Segment:
         mask: the attention mask, as the model's attention implementation wants it.
     """
 
-    layout: Layout | None
+    layout: PromptLayout | None
     real: Tensor | None
     positions: Tensor
     sample: Tensor | None
@@ -117,7 +117,7 @@ def enter(
             if sample is not None:
                 moves = moves - before_sample(slots.drop, sample)
             positions = positions - moves
-        layout = Layout.of(~slots.drop if real is None else real & ~slots.drop, sample)
+        layout = PromptLayout.of(~slots.drop if real is None else real & ~slots.drop, sample)
         positions, real = layout.shorten(positions), layout.valid
         # Fillers come out as zero, so numbers travel as one more.
         sample = None if sample is None else layout.shorten(sample + 1) - 1

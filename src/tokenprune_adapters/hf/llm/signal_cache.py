@@ -1,7 +1,7 @@
-"""What is known of images by their pixels, kept until a stage inside the language model asks.
+"""Cache of tower signals per image, keyed by a fingerprint of its features.
 
-Between the two, `generate` repeats, regroups and slices the images of a batch. They are found again
-by what they look like: a fingerprint of their projected features.
+Stages inside the language model ask for signals of the tower. On the way, `generate` repeats,
+regroups and slices the images of a batch, so they are found again by what they look like.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,20 +22,6 @@ from tokenprune.signals import Signal, Signals
 
 from .copies import without_copies
 from .image_slots import Images, feature_prints
-
-
-@dataclass(frozen=True)
-class Ids(Signal):
-    """`VisualTokens.ids`: which picture it is, whatever its features look like."""
-
-    axes: ClassVar[str] = "batch"
-
-
-@dataclass(frozen=True)
-class Sizes(Signal):
-    """`VisualTokens.sizes`, where tokens were merged before."""
-
-    axes: ClassVar[str] = "batch tokens"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +47,7 @@ class _Remembered:
     latest: int = 0
 
 
-class SignalStore(NotCopyable):
+class SignalCache(NotCopyable):
     """Signals of the latest images, by fingerprint; safe to share between threads.
 
     No thread makes another one's images forgotten. Of each thread, those of the latest two calls of
@@ -200,10 +185,4 @@ def _padded(answer: Tensor, axis: int, tokens: int) -> Tensor:
 
 def fitted(signals: Signals, tokens: int) -> Signals:
     """`signals` with an axis of `tokens`: what is cut off is padding in every image."""
-    cut = {}
-    for signal, answer in signals.items():
-        names = signal.axes.split()
-        if "tokens" in names:
-            answer = answer.narrow(names.index("tokens"), 0, tokens)
-        cut[signal] = answer
-    return Signals(cut)
+    return Signals({**signals, **signals.along_tokens(lambda x: x[:, :tokens])})

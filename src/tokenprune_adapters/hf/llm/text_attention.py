@@ -8,7 +8,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from ...kit.prompt_layout import Layout
+from ...kit.prompt_layout import PromptLayout
 from ..attention import Asked
 from .image_slots import Images, Seats
 
@@ -89,7 +89,7 @@ def text_rows(asked: Asked, prompts: Prompts, images: Images, seats: Seats) -> T
     last = prompts.last()
     ends = (numbers[:, None] == last[:, None, :]).any(-1)
     # Rows with fewer conversations than others have a filler for the last token of the rest.
-    queries = Layout.of(text | (ends & prompts.real))
+    queries = PromptLayout.of(text | (ends & prompts.real))
     rows = asked.rows(queries.index, prompts.visible(queries.index, asked.key.shape[2]))
     if queries.valid is not None:
         # A filler may be padding, which attends to nothing: NaN.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,17 +17,18 @@ from tokenprune import (
     ModelAdapter,
     Observation,
     Placement,
-    Plan,
     Record,
     Removable,
     Signal,
     Stage,
-    Strategy,
     TowerAdapter,
     UnsupportedError,
-    VisualTokens,
 )
-from tokenprune.signals import resolve_layers
+from tokenprune_adapters.kit.attention_rows import products
+from tokenprune_adapters.kit.before_projector import ReduceBeforeProjector
+from tokenprune_adapters.kit.marks import marked
+from tokenprune_adapters.kit.prompt_layout import PromptLayout
+from tokenprune_adapters.kit.tower_reading import TowerReading, read_block
 
 from .model import IMAGE, Attention, Cache, PocketVLM, Vision
 
@@ -48,47 +48,27 @@ class VisionAdapter(TowerAdapter):
         feature_layer: int,
     ) -> Iterator[Removable]:
         assert isinstance(tower, Vision)
-        count = len(tower.blocks)
-        last = feature_layer % count
-        wanted = {
-            signal: resolve_layers(signal.layers, last, count)
-            for signal in signals
-            if isinstance(signal, ClsAttention)
-        }
+        reading = TowerReading(signals, observation, feature_layer, len(tower.blocks))
 
-        def begin(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            observation.begin()
-            pixels = args[0] if args else kwargs["pixels"]
-            # A number per picture, from its pixels: what is random is seeded by it.
-            bits = pixels.detach().flatten(1).contiguous().view(torch.int32).long()
-            observation.scratch["ids"] = (bits * torch.arange(1, 1 + bits.shape[1])).sum(1)
-
-        def rows(number: int) -> Any:
+        def rows(number: int, kinds: frozenset[type[Signal]]) -> Any:
             def hook(module: Attention, args: tuple[Tensor, ...], output: object) -> None:
-                query = module.split(module.query(args[0][:, :1])).float()
-                keys = module.split(module.key(args[0])).float()
-                row = (query @ keys.mT / keys.shape[-1] ** 0.5).softmax(-1)
-                observation.scratch["rows", number] = row[:, :, 0, 1:]
+                query = module.split(module.query(args[0][:, :1]))
+                keys = module.split(module.key(args[0]))
+                read_block(observation.scratch, number, kinds, query, keys, prefix=1)
 
             return hook
 
-        def features(module: nn.Module, args: object, output: Tensor) -> None:
-            observation.scratch["features"] = output[:, 1:]
-
-        def finish(module: nn.Module, args: object, output: object) -> None:
-            seen = observation.scratch
-            tokens = VisualTokens.of(seen["features"], ids=seen["ids"])
-            answers = {
-                signal: torch.stack([seen["rows", layer] for layer in layers], dim=1)
-                for signal, layers in wanted.items()
-            }
-            observation.finish(tokens, answers)
-
-        yield tower.register_forward_pre_hook(begin, with_kwargs=True)
-        for number in {layer for layers in wanted.values() for layer in layers}:
-            yield tower.blocks[number].attention.register_forward_hook(rows(number))
-        yield tower.blocks[last].register_forward_hook(features)
-        yield tower.register_forward_hook(finish)
+        yield tower.register_forward_pre_hook(
+            lambda _, args, kwargs: reading.begin(args[0] if args else kwargs["pixels"]),
+            with_kwargs=True,
+        )
+        for number, kinds in reading.kinds().items():
+            hook = rows(number, frozenset(kinds))
+            yield tower.blocks[number].attention.register_forward_hook(hook)
+        yield tower.blocks[reading.feature_layer].register_forward_hook(
+            lambda _, args, output: reading.features(output[:, 1:])
+        )
+        yield tower.register_forward_hook(lambda *_: reading.finish())
         # --8<-- [end:tower]
 
 
@@ -109,9 +89,7 @@ class PocketAdapter(ModelAdapter):
             raise UnsupportedError("PocketVLM takes one stage; join its steps with '|'")
         strategy, observation = stages[0].strategy, Observation()
         yield from VisionAdapter().install(model.vision, strategy.signals, observation, -1)
-        reduce = Reduce(strategy, observation, record)
-        yield model.projector.register_forward_pre_hook(reduce.before)
-        yield model.projector.register_forward_hook(reduce.after)
+        yield from ReduceBeforeProjector(strategy, observation, record).install(model.projector)
         shorten = Shorten()
         yield model.decoder.register_forward_pre_hook(shorten.before, with_kwargs=True)
         # --8<-- [end:model]
@@ -127,45 +105,13 @@ class PocketAdapter(ModelAdapter):
         # --8<-- [end:watch]
 
 
-# --8<-- [start:reduce]
-class Reduce:
-    """Hooks on the projector: it projects the kept tokens; the others come out as -inf."""
-
-    def __init__(self, strategy: Strategy, observation: Observation, record: Record) -> None:
-        self.strategy, self.observation, self.record = strategy, observation, record
-
-    def before(self, projector: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        tokens, signals = self.observation.take()
-        with self.record.selecting(tokens.features.device):
-            reduction = self.strategy(tokens, signals)
-        self.record.reduced(reduction, tokens.lengths)
-        features = reduction.tokens.features.view_as(reduction.tokens.features)
-        features.plan = reduction.plan  # type: ignore[attr-defined]
-        return (features,)
-
-    def after(self, projector: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        plan: Plan = args[0].plan  # type: ignore[attr-defined]
-        marked = output.new_full((len(output), plan.tokens, output.shape[2]), -torch.inf)
-        rows, places = plan.mask.nonzero(as_tuple=True)
-        marked[rows, plan.anchors[plan.mask]] = output[rows, places]
-        return marked
-        # --8<-- [end:reduce]
-
-
 # --8<-- [start:shorten]
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """What a cache holds of a shortened prompt.
+class Stored(NamedTuple):
+    """State of a shortened prompt, kept beside its KV cache."""
 
-    Attributes:
-        mask: `(batch, stored)` bool, False for padding.
-        logical: slots of the prompt before it was shortened.
-        moved: `(batch,)` by how much later positions move down.
-    """
-
-    mask: Tensor
-    logical: int
-    moved: Tensor
+    mask: Tensor  # (batch, stored) bool, False for padding
+    logical: int  # number of slots of the prompt before it was shortened
+    moved: Tensor  # (batch,) int64, number by which later positions move down
 
 
 class Shorten:
@@ -183,30 +129,25 @@ class Shorten:
             kwargs["mask"] = torch.cat([prompt.mask, mask[:, prompt.logical :]], dim=1)
             kwargs["positions"] = positions - prompt.moved[:, None]
             return args, kwargs
-        dropped = embeds[:, :, 0].isneginf()
+        dropped = marked(embeds)
         if not bool(dropped.any()):
             return args, kwargs
         keep = mask & ~dropped
-        # The kept slots to the right, in their order; what is left of them is padding.
-        width = int(keep.sum(1).max())
-        order = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, -width:]
-        kept = keep.gather(1, order)
-        positions = positions - dropped.cumsum(1)
-        stored = Stored(kept, mask.shape[1], dropped.sum(1))
-        self.prompts[kwargs["cache"]] = stored
-        kwargs.update(mask=kept, positions=positions.gather(1, order).where(kept, 0))
-        embeds = embeds[torch.arange(len(order))[:, None], order]
-        return (embeds.masked_fill(~kept[:, :, None], 0),), kwargs
+        layout = PromptLayout.of(keep)
+        kept = layout.shorten(keep)
+        self.prompts[kwargs["cache"]] = Stored(kept, mask.shape[1], dropped.sum(1))
+        kwargs.update(mask=kept, positions=layout.shorten(positions - dropped.cumsum(1)))
+        return (layout.shorten(embeds),), kwargs
         # --8<-- [end:shorten]
 
 
 # --8<-- [start:reading]
 class Reading:
-    """Hooks that compute one row of attention for each prompt and layer, beside the model's own."""
+    """Hooks that compute one attention row of each prompt in each layer, beside the model's own."""
 
     def __init__(self, model: PocketVLM, attended: Attended) -> None:
         self.model, self.attended = model, attended
-        self.where: Tensor | None = None  # (images, tokens, 2): row and column of visual tokens
+        self.where: Tensor | None = None  # (images, tokens, 2): prompt and slot of visual tokens
         self.rows: list[Tensor] = []
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -225,9 +166,8 @@ class Reading:
         x, visible, cache, layer = args
         if self.where is None:
             return
-        query, keys = module.split(module.query(x[:, -1:])).float(), cache.keys[layer].float()
-        logits = query @ keys.mT / keys.shape[-1] ** 0.5
-        row = logits.masked_fill(~visible[:, :, -1:], -torch.inf).softmax(-1)[:, :, 0]
+        row = products(module.split(module.query(x[:, -1:])), cache.keys[layer])
+        row = row.masked_fill(~visible[:, :, -1:], -torch.inf).softmax(-1)[:, :, 0]
         prompt, column = self.where[:, 0, 0], self.where[:, None, :, 1]
         self.rows.append(row[prompt].gather(2, column.expand(-1, row.shape[1], -1)))
 

@@ -1,10 +1,10 @@
-"""Reduce visual tokens between the vision tower and the projector."""
+"""Reduction between vision tower and projector, which then projects kept tokens alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +13,35 @@ from tokenprune.errors import MissingSignalError, UnsupportedError
 from tokenprune.hooks import NotCopyable, Removable
 from tokenprune.observation import Observation
 from tokenprune.report import Record
-from tokenprune.signals import Signals
+from tokenprune.signals import Signal, Signals
 from tokenprune.strategy import Strategy
 from tokenprune.tokens import VisualTokens
 
-from ..kit.budget_rows import Rows
-from ..kit.carry import carried, carry
-from ..kit.marks import spread
-from .llm.signal_cache import Ids, Sizes
+from .budget_rows import BudgetRows
+from .carry import carried, carry
+from .marks import spread
+
+
+@dataclass(frozen=True)
+class Ids(Signal):
+    """Signal of `VisualTokens.ids`: which picture it is, whatever its features look like."""
+
+    axes: ClassVar[str] = "batch"
+
+
+@dataclass(frozen=True)
+class Sizes(Signal):
+    """Signal of `VisualTokens.sizes`, where tokens were merged before."""
+
+    axes: ClassVar[str] = "batch tokens"
 
 
 class ReduceBeforeProjector(NotCopyable):
-    """Two hooks on a projector: only kept tokens are projected; the rest comes out as marks.
+    """Pair of hooks on a projector: only kept tokens are projected; the rest comes out as marks.
 
     Args:
-        strategy: what to do with the tokens of each image; None keeps them all.
-        observation: the tower's latest pass.
+        strategy: strategy for the tokens of each image; None keeps them all.
+        observation: latest pass of the tower.
         record: where to note what was done.
         later: takes projected features and what is known of the images, for stages inside the
             language model, which then count the tokens; or None.
@@ -41,7 +54,7 @@ class ReduceBeforeProjector(NotCopyable):
         observation: Observation,
         record: Record,
         later: Callable[[Tensor, Signals], None] | None = None,
-        arrange: Callable[[], Rows] | None = None,
+        arrange: Callable[[], BudgetRows] | None = None,
     ) -> None:
         self.strategy = strategy
         self.observation = observation
@@ -81,9 +94,9 @@ class ReduceBeforeProjector(NotCopyable):
         known = _known(reduction.tokens, signals.reduce(plan))
         return (carry(reduction.tokens.features, _Left(kept, known)), *args[1:])
 
-    def _rows(self, features: Tensor) -> Rows:
+    def _rows(self, features: Tensor) -> BudgetRows:
         if self.arrange is None:
-            return Rows.of_crops(features)
+            return BudgetRows.of_crops(features)
         return self.arrange().to(features.device)
 
     def _seen(self, features: Tensor) -> tuple[VisualTokens, Signals]:
