@@ -19,6 +19,8 @@ REFERENCE = ROOT / "docs" / "reference"
 PAGES = (ROOT / "README.md", REFERENCE / "strategies.md", REFERENCE / "compatibility.md")
 PROJECTS = (ROOT / "pyproject.toml", *sorted((ROOT / "docs" / "examples").glob("*/pyproject.toml")))
 STRATEGIES = "<!-- strategies: written by `make tables` -->", "<!-- end of strategies -->"
+SIX = "<!-- six recipes: written by `make tables` -->", "<!-- end of six recipes -->"
+FIRST = ("vtc-cls", "fastv", "visionzip", "divprune", "prumerge", "tome")
 DIFFERENCES = "<!-- differences: written by `make tables` -->", "<!-- end of differences -->"
 VERSIONS = "<!-- versions: written by `make tables` -->", "<!-- end of versions -->"
 OURS = ("tokenprune", "tokenprune-vlm")
@@ -36,7 +38,7 @@ def own(known: Registry) -> Registry:
 
 def with_tables(text: str) -> str:
     """`text` with the tables of today between its markers."""
-    tables = {STRATEGIES: markdown, DIFFERENCES: differences}
+    tables = {STRATEGIES: markdown, SIX: first, DIFFERENCES: differences}
     made = {marks: write(own(registry())) for marks, write in tables.items() if marks[0] in text}
     if VERSIONS[0] in text:
         made[VERSIONS] = versions()
@@ -45,6 +47,13 @@ def with_tables(text: str) -> str:
     for marks, table in made.items():
         text = _filled(text, *marks, table)
     return text
+
+
+def first(known: Registry) -> str:
+    """Six recipes to begin with, in Markdown: what they do, and whose they are."""
+    recipes = {offer.plugin.name: offer.plugin for offer in known.recipes}
+    rows = (f"| `{name}` | {recipes[name].summary} | {recipes[name].paper} |" for name in FIRST)
+    return "\n".join(("| recipe | what it does | from |", "|---|---|---|", *rows))
 
 
 def versions() -> str:

@@ -32,7 +32,7 @@ BEFORE = (
 )
 INSIDE = ("fastv", "vtc-cls-in-llm")
 LAYERS = tuple(f"vtc-cls(layers={k})" for k in (2, 4, 5))
-ENSEMBLES = ("vtc-cls-max", "vtc-cls-min")
+ENSEMBLES = ("vtc-cls(ensemble='max')", "vtc-cls(ensemble='min')")
 
 
 def entrants(oracle: Given) -> list[Entrant]:

@@ -56,8 +56,8 @@ CLAIMS = (
     ("table 4", "vtc-cls", "vtc-cls(layers=2)", (14,), {14: 0.5}),
     ("table 4", "vtc-cls", "vtc-cls(layers=4)", (14,), {14: 0.2}),
     ("table 4", "vtc-cls", "vtc-cls(layers=5)", (14,), {14: 0.5}),
-    ("table 5", "vtc-cls", "vtc-cls-max", (14,), {14: 0.6}),
-    ("table 5", "vtc-cls", "vtc-cls-min", (14,), {14: 0.2}),
+    ("table 5", "vtc-cls", "vtc-cls(ensemble='max')", (14,), {14: 0.6}),
+    ("table 5", "vtc-cls", "vtc-cls(ensemble='min')", (14,), {14: 0.2}),
     ("table 6", "vtc-cls-in-llm", "fastv", (28, 14, 7), {14: 6.5}),
     ("floors", "vtc-cls", "uniform", (28, 14, 7), {}),
     ("floors", "vtc-cls", "pool", (28, 14, 7), {}),
@@ -238,8 +238,8 @@ _TABLE_4 = {
 _TABLE_5 = {
     "none (K = 1)": "vtc-cls(layers=1)",
     "avg": "vtc-cls",
-    "max": "vtc-cls-max",
-    "min": "vtc-cls-min",
+    "max": "vtc-cls(ensemble='max')",
+    "min": "vtc-cls(ensemble='min')",
 }
 _TABLE_6 = (
     *("fastv", "vtc-cls-in-llm", "random @ after-layer", "uniform @ after-layer"),

@@ -16,24 +16,9 @@ RECIPES: tuple[RecipePlugin, ...] = (
         paper=_VTC,
         differs=(
             "scores in float32 (the released code ranks in fp16); K = 3 as in the paper (the "
-            "released default, --layer 16, is K = 7); any batch size"
+            "released default, --layer 16, is K = 7); any batch size; ensembles 'max' and 'min', of "
+            "table 5, are in the paper alone"
         ),
-    ),
-    RecipePlugin(
-        "vtc-cls-max",
-        "VTC-CLS with the maximum over layers instead of the mean (its table 5)",
-        template="cls-attention(layers={layers}, ensemble='max') | evict({keep}) @ before-llm",
-        defaults={"keep": 128, "layers": 3},
-        paper=_VTC,
-        differs="as vtc-cls; this ensemble is in the paper, not in the released code",
-    ),
-    RecipePlugin(
-        "vtc-cls-min",
-        "VTC-CLS with the minimum over layers instead of the mean (its table 5)",
-        template="cls-attention(layers={layers}, ensemble='min') | evict({keep}) @ before-llm",
-        defaults={"keep": 128, "layers": 3},
-        paper=_VTC,
-        differs="as vtc-cls; this ensemble is in the paper, not in the released code",
     ),
     RecipePlugin(
         "fastervlm",

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
+from .brackets import cut
 from .errors import SpecError, UnknownNameError
 from .placement import AfterLayer, BeforeLLM, Placement
 from .plugins import ReducerPlugin, ScorerPlugin, registry
@@ -215,24 +216,7 @@ def _call(text: str, spec: str) -> _Call:
 
 def _split(text: str, separator: str, spec: str) -> list[str]:
     """`text` cut at separators that stand outside of brackets and quotes."""
-    parts, start, depth, quote = [], 0, 0, ""
-    skip = False
-    for index, char in enumerate(text):
-        if skip:
-            skip = False
-        elif quote:
-            skip = char == "\\"
-            quote = "" if char == quote else quote
-        elif char in "'\"":
-            quote = char
-        elif char in "([{":
-            depth += 1
-        elif char in ")]}":
-            depth -= 1
-        elif char == separator and depth == 0:
-            parts.append(text[start:index])
-            start = index + 1
-    parts.append(text[start:])
+    parts, _ = cut(text, separator)
     if not text.strip():
         raise SpecError(
             f"a stage or step is missing in {spec!r}; a spec looks like "

@@ -27,8 +27,6 @@ from tokenprune.recipes import RECIPES
 
 EXPANDED = {
     "vtc-cls": Strategy(ClsAttentionScorer(3, "avg"), Evict(128)),
-    "vtc-cls-max": Strategy(ClsAttentionScorer(3, "max"), Evict(128)),
-    "vtc-cls-min": Strategy(ClsAttentionScorer(3, "min"), Evict(128)),
     "fastervlm": Strategy(ClsAttentionScorer(1), Evict(0.25, "crop")),
     "random": Strategy(RandomScorer(0), Evict(128)),
     "uniform": Strategy(UniformScorer(), Evict(128)),

@@ -62,15 +62,15 @@ def bench(
     Args:
         model: a model with an adapter, not attached; on the device to measure.
         processor: its processor.
-        samples: what to ask; each needs answers.
-        specs: methods; recipes or specs with one budget, or with `{keep}` in its place.
+        samples: questions with their answers.
+        specs: methods, as recipes or specs with one budget, or with `{keep}` in its place.
         keeps: budgets; a float is a fraction, an int a count of tokens; 1.0 is vanilla.
-        name: of the model, for the files.
+        name: name of the model, for the files.
         data: name of the data, for the files.
-        batch: questions in one `generate`.
-        max_new_tokens: longest answer.
-        text: from a question to a prompt; None for the processor's chat template.
-        progress: is told how many answers of how many are in.
+        batch: number of questions in one `generate`.
+        max_new_tokens: number of tokens of the longest answer.
+        text: function from a question to a prompt; None for the processor's chat template.
+        progress: function that is told how many answers of how many are in.
 
     Raises:
         DataError: a sample without answers.
@@ -122,18 +122,8 @@ def compete(
 ) -> Bench:
     """`bench` with entrants of your own.
 
-    Args:
-        model: a model with an adapter, not attached; on the device to measure.
-        processor: its processor.
-        samples: what to ask; each needs answers.
-        entrants: who answers, e.g. of `enter`; the first must be vanilla.
-        oracle: the scorer of oracle entrants; it is given the truth of each batch.
-        name: of the model, for the files.
-        data: name of the data, for the files.
-        batch: questions in one `generate`.
-        max_new_tokens: longest answer.
-        text: from a question to a prompt; None for the processor's chat template.
-        progress: is told how many answers of how many are in.
+    `entrants` (those of `enter`, for example) begin with vanilla. `oracle` is the scorer of oracle
+    entrants, which is given the truth of each batch. Everything else is as for `bench`.
 
     Raises:
         DataError: no samples, or one without answers.

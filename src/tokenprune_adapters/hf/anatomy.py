@@ -54,9 +54,8 @@ class Anatomy:
 
     @property
     def patches_per_crop(self) -> int:
-        """Patches of a picture, a crop or a frame."""
-        vision = self.core.config.vision_config
-        return int(vision.image_size // vision.patch_size) ** 2
+        """Number of patches of a picture, crop or frame."""
+        return patches_per_crop(self.core.config)
 
     def placeholders(self, ids: Tensor, kind: Literal["image", "video"]) -> Tensor:
         """Which of the token ids stand for features of pictures or of videos, as bool."""
@@ -78,6 +77,12 @@ class Anatomy:
     def feature_layer(self) -> int:
         """Block whose output is the features, Python style; the last of several."""
         return feature_layer(self.core.config)
+
+
+def patches_per_crop(config: Any) -> int:
+    """Number of patches of a picture, crop or frame, by the config of a model."""
+    vision = config.vision_config
+    return int(vision.image_size // vision.patch_size) ** 2
 
 
 def feature_layer(config: Any) -> int:

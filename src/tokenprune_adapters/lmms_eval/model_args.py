@@ -1,14 +1,13 @@
-"""`--model_args` with a spec in them: commas inside of brackets and quotes do not separate."""
+"""Arguments of `--model_args` with a spec in them, whose commas do not separate."""
 
 from __future__ import annotations
 
+from tokenprune.brackets import cut
 from tokenprune.errors import SpecError
-
-_CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
 def read_arguments(text: str) -> dict[str, str]:
-    """The pairs of ``name=value,name=value``; lmms-eval's own reader cuts specs at their commas.
+    """Pairs of ``name=value,name=value``; lmms-eval's own reader cuts specs at their commas.
 
     >>> read_arguments("pretrained=p,prune=important-diverse(64, important=0.5)")
     {'pretrained': 'p', 'prune': 'important-diverse(64, important=0.5)'}
@@ -16,8 +15,11 @@ def read_arguments(text: str) -> dict[str, str]:
     Raises:
         SpecError: a bracket or quote that is not closed, a part without "=", a name given twice.
     """
+    parts, missing = cut(text, ",")
+    if missing:
+        raise SpecError(f"{missing} is missing in model_args {text!r}; quote them for the shell")
     arguments: dict[str, str] = {}
-    for part in _parts(text):
+    for part in filter(str.strip, parts):
         name, equals, value = (side.strip() for side in part.partition("="))
         if not (name and equals):
             raise SpecError(
@@ -36,30 +38,3 @@ def unquoted(value: str) -> str:
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         return value[1:-1]
     return value
-
-
-def _parts(text: str) -> list[str]:
-    """`text` cut at commas that stand outside of brackets and quotes; empty parts are left out."""
-    parts, start, quote = [], 0, ""
-    open_brackets: list[str] = []
-    escaped = False
-    for index, char in enumerate(text):
-        if escaped:
-            escaped = False
-        elif quote:
-            escaped = char == "\\"
-            quote = "" if char == quote else quote
-        elif char in "'\"":
-            quote = char
-        elif char in _CLOSING:
-            open_brackets.append(_CLOSING[char])
-        elif open_brackets and char == open_brackets[-1]:
-            open_brackets.pop()
-        elif char == "," and not open_brackets:
-            parts.append(text[start:index])
-            start = index + 1
-    if quote or open_brackets:
-        missing = quote or open_brackets[-1]
-        raise SpecError(f"{missing} is missing in model_args {text!r}; quote them for the shell")
-    parts.append(text[start:])
-    return [part for part in parts if part.strip()]

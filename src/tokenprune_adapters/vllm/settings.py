@@ -28,7 +28,7 @@ from tokenprune.spec import parse_schedule, shown
 from tokenprune.strategy import Reducer, Stage, Strategy
 from tokenprune.tokens import VisualTokens
 
-from ..hf.anatomy import feature_layer
+from ..hf.anatomy import feature_layer, patches_per_crop
 from ..hf.llava_parts import check_budgets
 from ..kit.tower_reading import layers_of
 
@@ -72,8 +72,7 @@ class Served:
         for step in stage.strategy.steps:
             if isinstance(step, Reducer):
                 _budget(step)
-        vision = config.vision_config
-        served = cls(stage.strategy, (vision.image_size // vision.patch_size) ** 2)
+        served = cls(stage.strategy, patches_per_crop(config))
         served.count()
         return served
 

@@ -9,7 +9,7 @@ import pytest
 
 from support.served import Plain, RefusedError, Server, check, questions
 
-SPEC = "vtc-cls-max(keep=7)"
+SPEC = "vtc-cls(keep=7, ensemble='max')"
 OPTIONS = ["--tensor-parallel-size", "2"]
 
 pytestmark = pytest.mark.parametrize("server", [(SPEC, OPTIONS)], indirect=True, ids=[""])

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..anatomy import patches_per_crop
+
 
 @contextmanager
 def eager(part: Any) -> Iterator[None]:
@@ -42,15 +44,9 @@ def see(tower: Any, pixels: Tensor, config: Any) -> tuple[Tensor, Tensor, Tensor
     # Hidden state number n comes out of block n - 1.
     end = numbers[-1] % len(seen.hidden_states)
     maps = torch.stack(seen.attentions[max(end - 3, 0) : end]).float().mean(dim=(0, 2))
-    prefix = features.shape[1] - patches_of(config)
+    prefix = features.shape[1] - patches_per_crop(config)
     scores = maps[:, 0, prefix:] if prefix else maps.mean(1)
     return features[:, :prefix], features[:, prefix:], scores
-
-
-def patches_of(config: Any) -> int:
-    """Patches of a picture, tile or frame."""
-    vision = config.vision_config
-    return int(vision.image_size // vision.patch_size) ** 2
 
 
 def scorer(config: Any, has_cls: bool) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokenprune.trial import Trial
 
-from .attention_maps import patches_of
+from ..anatomy import patches_per_crop
 from .chat import questions
 from .prompts import Part, Pictures
 from .tiny import IMAGE, text_config, tiny, vision_config
@@ -42,7 +42,7 @@ def _build(siglip: bool) -> nn.Module:
         vision_feature_layer=-2,
         vision_feature_select_strategy="full" if siglip else "default",
     )
-    config.image_seq_length = patches_of(config)
+    config.image_seq_length = patches_per_crop(config)
     return tiny(LlavaForConditionalGeneration(config))
 
 
