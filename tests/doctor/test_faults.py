@@ -39,7 +39,7 @@ def llava(offering: Callable[..., Registry]) -> Registry:
 def plan_shifted_by_one_patch(patch: Patch) -> None:
     def plan(self: Any, *args: Any) -> Plan:
         made = original(self, *args)
-        return replace(made, anchors=(made.anchors + 1) % made.tokens)
+        return replace(made, anchors=((made.anchors + 1) % made.tokens).sort(1).values)
 
     original = Evict.plan
     patch.setattr(Evict, "plan", plan)
