@@ -89,9 +89,10 @@ class LlavaNextAdapter(ModelAdapter):
     def watch(self, model: nn.Module, attended: Attended) -> Iterator[Removable]:
         self.provides(model, BeforeLLM())
         parts = Anatomy.of(model)
-        noted = _NotePlaces(parts)
-        yield from noted.install()
-        yield from WatchAttention(parts, FindImages(parts.core, noted.find), attended).install()
+        store = SignalCache(parts.core.get_input_embeddings().weight.dtype)
+        pack = _PackImages(parts, "image", "keep", store)
+        yield from pack.install()
+        yield from WatchAttention(parts, FindImages(parts.core, pack.find), attended).install()
         yield from lost_images_guard(parts)
 
 
@@ -168,7 +169,8 @@ class _PackImages(NotCopyable):
             features = _without_newlines(features, packing)
             output = Output(output).replaced(features=features)
         if self.store is not None:
-            self.store.put(features, self._local.known, packing.patches)
+            known = getattr(self._local, "known", Signals())
+            self.store.put(features, known, packing.patches)
         return output
 
     def rows(self) -> BudgetRows:
@@ -196,44 +198,6 @@ class _PackImages(NotCopyable):
             for image in range(len(patches))
         ]
         return Images.of(self.parts.placeholders(ids, "image"), patches, origins)
-
-
-_PATCHES = "tokenprune_places"
-"""Attribute of encoded images: which patch each of their slots is."""
-
-
-class _NotePlaces(NotCopyable):
-    """Notes on encoded images which patches they hold, since `generate` hands on no sizes."""
-
-    def __init__(self, parts: Anatomy) -> None:
-        self.parts = parts
-        self.signature = Signature.of(getattr(parts.core, _ENCODE))
-
-    def install(self) -> Iterator[Removable]:
-        """Yield the handle."""
-        yield from wrap_method(self.parts.core, _ENCODE, self._encode)
-
-    def _encode(self, call: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
-        output = call()
-        if not isinstance(output, tuple):
-            sizes = Call(self.signature, (), dict(arguments)).sizes
-            setattr(output, _PATCHES, _packing(self.parts, sizes).patches)
-        return output
-
-    def find(self, ids: Tensor, call: Call) -> Images:
-        """The images of a call of the whole model."""
-        encoded = (call.encoded or {}).get("image")
-        if encoded is None:
-            patches = _packing(self.parts, call.sizes).patches
-        else:
-            patches = getattr(encoded, _PATCHES, [])
-        if not patches:
-            raise UnsupportedError(
-                "it is not known which patches the encoded images hold: they did not come as they "
-                "are from the model's own get_image_features; pass pixel_values, and generate "
-                "without beams"
-            )
-        return Images.of(self.parts.placeholders(ids, "image"), patches)
 
 
 def _packing(parts: Anatomy, sizes: Any) -> Packing:
