@@ -21,7 +21,8 @@ from analysis.test_consistency import plain_correlation, plain_overlap
 from support import llava, llava_next
 from tokenprune import AfterLayer, ClsAttentionScorer, RandomScorer, Scorer, Signals, VisualTokens
 from tokenprune.analysis.curves import Consistency
-from tokenprune.analysis.layers import consistency, output_attention, scorer_of
+from tokenprune.analysis.layers import consistency, output_attention
+from tokenprune.analysis.noted_scores import scorer_of
 from tokenprune.analysis.plots import plot
 from tokenprune.bench.data import DataError, Sample
 from tokenprune.errors import BudgetError, ShapeError, SpecError, UnknownNameError, UnsupportedError

@@ -18,7 +18,8 @@ from tokenprune_adapters.pocket.drawing import (
     TEXTURES,
     _scans,
 )
-from tokenprune_adapters.pocket.task import NUMERALS, QUADRANTS, WORDS, covered
+from tokenprune_adapters.pocket.scene import NUMERALS, QUADRANTS, covered
+from tokenprune_adapters.pocket.task import WORDS
 
 SCENES = [pocket.draw(seed) for seed in range(200)]
 

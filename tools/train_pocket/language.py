@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
-from tokenprune_adapters.pocket.task import Question, Scene, draw, questions
+from tokenprune_adapters.pocket.scene import Scene, draw
+from tokenprune_adapters.pocket.task import Question, questions
 
 from .loop import Stage, Step
 from .model import BOS, EOS, FEATURE_LAYER, TOKENS, VOCABULARY

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from tokenprune_adapters.pocket.drawing import SIDE
-from tokenprune_adapters.pocket.task import GRID, PATCH, WORDS
+from tokenprune_adapters.pocket.scene import GRID, PATCH
+from tokenprune_adapters.pocket.task import WORDS
 
 TOKENS = GRID * GRID
 WIDTH = 96

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
 from tokenprune_adapters.pocket.drawing import CLUTTER, COLOURS, KINDS, TEXTURES
-from tokenprune_adapters.pocket.task import COUNTS, GRID, NUMERALS, Scene, covered, draw
+from tokenprune_adapters.pocket.scene import COUNTS, GRID, NUMERALS, Scene, covered, draw
 
 from .loop import Stage, Step
 from .model import FEATURE_LAYER, MEAN, STD, WIDTH

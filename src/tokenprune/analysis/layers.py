@@ -23,21 +23,17 @@ from ..attach import attach, watch
 from ..bench.data import DataError, Sample
 from ..bench.scoring import Mean, mean
 from ..bench.setting import setting
-from ..errors import ShapeError, SpecError, UnsupportedError
-from ..placement import BeforeLLM, Placement
-from ..plugins import registry
+from ..errors import ShapeError, UnsupportedError
+from ..placement import BeforeLLM
 from ..prompts import prompter
-from ..reducers import Evict
-from ..scorers import ClsAttentionScorer, RandomScorer
-from ..signals import Signal, Signals
-from ..spec import parse_schedule, shown
-from ..strategy import Scorer, Stage, Strategy
-from ..tokens import VisualTokens
+from ..scorers import RandomScorer
+from ..strategy import Scorer, Stage
 from .consistency import overlap, rank_correlation
 from .curves import RANDOM, Consistency, Curve, Measure, Queries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
+from .noted_scores import Scored, cls_ensembles, looks_of, scored
 
 
 def consistency(
@@ -84,8 +80,8 @@ def consistency(
     ask = text or prompter(processor)
     with watch(model):  # what cannot be told is said before anything else is found wrong
         pass
-    given = cls_ensembles(model) if scorers is None else tuple(map(_scored, scorers))
-    random = _Scored(RANDOM, RandomScorer(), given[0].placement if given else BeforeLLM())
+    given = cls_ensembles(model) if scorers is None else tuple(map(scored, scorers))
+    random = Scored(RANDOM, RandomScorer(), given[0].placement if given else BeforeLLM())
     by_label = {each.label: each for each in (*given, random)}
     told = _Told(tuple(by_label.values()), tuple(keeps))
     for start in range(0, len(samples), batch):
@@ -102,92 +98,6 @@ def consistency(
     return _result(model, samples, told, name, data)
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """A scorer, what to call it, and where it acts."""
-
-    label: str
-    scorer: Scorer
-    placement: Placement
-
-
-def cls_ensembles(model: PreTrainedModel, most: int = 5) -> tuple[_Scored, ...]:
-    """[CLS] attention ensembled over the last K layers, K = 1 up to `most` or all there are."""
-    for layers in range(most, 0, -1):
-        found = tuple(_scored(ClsAttentionScorer(layers=k)) for k in range(1, layers + 1))
-        try:
-            attach(model, *_look(found)[0]).detach()
-        except ShapeError:  # a tower of fewer layers
-            continue
-        return found
-    return ()
-
-
-def scorer_of(spec: str) -> tuple[Scorer, Placement]:
-    """The scorer that `spec` names, or that its stage starts with, and where it acts.
-
-    >>> scorer_of("cls-attention(layers=1)")[0] == scorer_of("fastervlm(keep=64)")[0]
-    True
-
-    Raises:
-        SpecError: not one stage, or one that does not start with a scorer.
-        UnknownNameError: a name that no plugin offers.
-    """
-    before, at, place = spec.partition("@")
-    known = registry()
-    alone = known.named(known.scorers, before.partition("(")[0].strip(), "scorer")
-    if alone is not None and "|" not in before:
-        spec = f"{before} | evict(1.0) {at} {place}"
-    stages = parse_schedule(spec)
-    first = stages[0].strategy.steps[0]
-    if len(stages) != 1 or not isinstance(first, Scorer):
-        names = ", ".join(known.names(known.scorers))
-        raise SpecError(f"{spec!r} does not start with a scorer; scorers: {names}")
-    return first, stages[0].placement
-
-
-def _scored(given: str | Scorer | Stage) -> _Scored:
-    if isinstance(given, str):
-        scorer, placement = scorer_of(given)
-        return _Scored(given, scorer, placement)
-    if isinstance(given, Scorer):
-        return _Scored(shown(given), given, BeforeLLM())
-    first = given.strategy.steps[0]
-    if not isinstance(first, Scorer):
-        raise SpecError(f"{shown(given)!r} does not start with a scorer")
-    return _Scored(shown(given), first, given.placement)
-
-
-class _Look(Scorer):
-    """Scores by several scorers, which are kept, and says nothing itself."""
-
-    def __init__(self, given: Sequence[_Scored]) -> None:
-        self.given = given
-        self.seen: list[tuple[VisualTokens, dict[str, Tensor]]] = []
-
-    @property
-    def signals(self) -> frozenset[Signal]:
-        return frozenset().union(*(each.scorer.signals for each in self.given))
-
-    def score(self, tokens: VisualTokens, signals: Signals) -> Tensor:
-        scores = {each.label: each.scorer.score(tokens, signals) for each in self.given}
-        self.seen.append((tokens, scores))
-        return torch.zeros_like(tokens.mask, dtype=torch.float32)
-
-    def __repr__(self) -> str:
-        return " + ".join(each.label for each in self.given)
-
-
-def _look(given: Sequence[_Scored]) -> tuple[list[Stage], list[_Look]]:
-    """Stages that keep every token, one for each placement."""
-    places = dict.fromkeys(each.placement for each in given)
-    looks = [_Look([each for each in given if each.placement == place]) for place in places]
-    stages = [
-        Strategy(look, Evict(1.0)).at(place) for look, place in zip(looks, places, strict=True)
-    ]
-    return stages, looks
-
-
 @dataclass(eq=False)
 class _Told:
     """Everything measured so far, question by question.
@@ -200,7 +110,7 @@ class _Told:
         answers: tokens of each answer.
     """
 
-    given: tuple[_Scored, ...]
+    given: tuple[Scored, ...]
     keeps: tuple[int | float, ...]
     values: dict[tuple[str, Measure, Queries, int | float | None], list[Tensor]] = field(
         default_factory=dict
@@ -237,7 +147,7 @@ class _Told:
 @torch.inference_mode()
 def _answer(model: PreTrainedModel, inputs: Any, max_new_tokens: int, told: _Told) -> None:
     """Generate answers to one batch, and compare."""
-    stages, looks = _look(told.given)
+    stages, looks = looks_of(told.given)
     rows, length = inputs["input_ids"].shape
     with attach(model, *stages), watch(model) as attended:
         # One more: the last token is generated, but asks nothing.

@@ -10,7 +10,7 @@ from ..errors import TokenpruneError
 from ..figures import COLOURS, MARKS, figure
 from ..scorers import ClsAttentionScorer
 from .curves import RANDOM, Consistency, Curve, Measure, Queries
-from .layers import scorer_of
+from .noted_scores import scorer_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..analysis.curves import Consistency, Queries
-from ..analysis.layers import consistency, scorer_of
+from ..analysis.layers import consistency
+from ..analysis.noted_scores import scorer_of
 from ..analysis.plots import plot
 from ..bench.scoring import Mean
 from .bench import budgets, longest, model_named, questions, together

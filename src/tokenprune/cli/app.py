@@ -1,4 +1,4 @@
-"""The commands and their options; what they do is in the other files."""
+"""Commands of the command line and their options; what they do is in the other files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from .._version import __version__
 from .console import console
+from .options import Batch, Checkpoint, Data, Device, DType, LongestAnswer, Model, Questions
 
 app = typer.Typer(
     help="Training-free compression of visual tokens in multimodal LLMs.",
@@ -17,16 +18,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Checkpoint = Annotated[str, typer.Option(help="Folder of a checkpoint, or a name on the hub.")]
-Model = Annotated[str, typer.Option(help="pocket, folder of a checkpoint, or a name on the hub.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, ...; the GPU if there is one.")]
-DType = Annotated[str, typer.Option(help="float32, bfloat16, ...; as stored.")]
-Questions = Annotated[int | None, typer.Option(min=1, help="Only the first ones.")]
-Batch = Annotated[
-    int | None, typer.Option(min=1, help="Questions in one generate [1; pocket: 50].")
-]
-LongestAnswer = Annotated[int | None, typer.Option(min=1, help="Longest answer [16; pocket: 1].")]
 
 
 def _version(wanted: bool) -> None:
@@ -190,10 +181,9 @@ def picture_command(
     """Draw what methods keep and merge of a picture, side by side."""
     from .picture import Request, run_picture
 
-    prunes = tuple(prune or ())
     run_picture(
         Request(
-            *(model, image, prompt, prunes, out, heat, seed, size, columns),
+            *(model, image, prompt, tuple(prune or ()), out, heat, seed, size, columns),
             *(max_new_tokens, device, dtype),
         )
     )
@@ -202,9 +192,7 @@ def picture_command(
 @app.command("bench")
 def bench_command(
     model: Model = "pocket",
-    data: Annotated[
-        Path | None, typer.Option(help="JSON lines of image, question, answers; or their folder.")
-    ] = None,
+    data: Data = None,
     prune: Annotated[
         list[str] | None,
         typer.Option(help="A method, whose budget is varied; can be given often [vtc-cls, tome]."),
@@ -227,10 +215,9 @@ def bench_command(
     """Measure methods at several budgets, beside honest floors and controls."""
     from .bench import Request, run_bench
 
-    prunes = tuple(prune or ())
     run_bench(
         Request(
-            *(model, data, prunes, keep, questions, full, out),
+            *(model, data, tuple(prune or ()), keep, questions, full, out),
             *(batch, max_new_tokens, device, dtype),
         )
     )
@@ -239,10 +226,7 @@ def bench_command(
 @app.command("tune")
 def tune_command(
     model: Model = "pocket",
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Your pictures and prompts: JSON lines or a folder; no answers needed."),
-    ] = None,
+    data: Data = None,
     floor: Annotated[float, typer.Option(help="Share of pictures that must agree.")] = 0.99,
     confidence: Annotated[float, typer.Option(help="Of the bound that must reach it.")] = 0.95,
     prune: Annotated[
@@ -264,10 +248,9 @@ def tune_command(
     """Find the cheapest spec that answers your prompts as the unpruned model does."""
     from .tune import Request, run_tune
 
-    prunes = tuple(prune or ())
     run_tune(
         Request(
-            *(model, data, floor, confidence, prunes, keep, cost),
+            *(model, data, floor, confidence, tuple(prune or ()), keep, cost),
             *(batch, max_new_tokens, device, dtype),
         )
     )
@@ -276,10 +259,7 @@ def tune_command(
 @app.command("analyze")
 def analyze_command(
     model: Model = "pocket",
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Pictures and questions: JSON lines or a folder; no answers needed."),
-    ] = None,
+    data: Data = None,
     prune: Annotated[
         list[str] | None,
         typer.Option(help="A scorer to compare; can be given often [[CLS] ensembles, K = 1 to 5]."),
@@ -299,10 +279,9 @@ def analyze_command(
     """Compare scores with what the LLM attends to, layer by layer."""
     from .analyze import Request, run_analyze
 
-    prunes = tuple(prune or ())
     run_analyze(
         Request(
-            *(model, data, prunes, keep, questions, out),
+            *(model, data, tuple(prune or ()), keep, questions, out),
             *(batch, max_new_tokens, device, dtype),
         )
     )

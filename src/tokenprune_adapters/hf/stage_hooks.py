@@ -18,9 +18,10 @@ from tokenprune.spec import shown
 from tokenprune.strategy import Stage, Strategy
 
 from .anatomy import Anatomy
+from .candidates_guard import RefuseCandidates
 from .llava_parts import SameParts, hide_marks, keep_private
 from .llm.image_slots import Images
-from .llm.inner_stages import QueryAttention, ReduceInside, RefuseCandidates
+from .llm.inner_stages import QueryAttention, ReduceInside
 from .llm.short_prompt import IMAGES, VISUAL, ShortenPrompts
 from .llm.signal_cache import SignalCache
 from .names import Call, Output, calls_of

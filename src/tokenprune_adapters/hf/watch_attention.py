@@ -20,9 +20,9 @@ from tokenprune.observation import Attended
 
 from .anatomy import Anatomy
 from .attention import Asked, ReadAttention
+from .candidates_guard import RefuseCandidates
 from .checks import check_llm
 from .llm.image_slots import Images, Seats
-from .llm.inner_stages import RefuseCandidates
 from .llm.kv_cache import check_cache, state_of
 from .llm.short_prompt import are_seams, steps_of
 from .llm.text_attention import Prompts, last_rows

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .drawing import Split
-from .task import ANSWERS, QUESTION_TYPES, Object, Question, Scene, draw, questions
+from .scene import Object, Scene, draw
+from .task import ANSWERS, QUESTION_TYPES, Question, questions
 
 if TYPE_CHECKING:
     import torch

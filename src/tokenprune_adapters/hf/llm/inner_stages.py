@@ -34,7 +34,6 @@ from tokenprune.tokens import VisualTokens
 from ...kit.before_projector import Ids, Sizes
 from ..anatomy import attention_of
 from ..attention import Asked, ReadAttention, Reader
-from ..checks import check_ranking
 from ..names import calls_of
 from .image_slots import Images, Seats
 from .kv_cache import Shortened, state_of
@@ -278,26 +277,3 @@ def _keeps_all(plan: Plan, counts: dict[int, tuple[int, ...]]) -> bool:
     """Whether `plan`, the latest of `counts`, keeps what the stage before has left."""
     *_, before, after = counts.values()
     return before == after
-
-
-class RefuseCandidates(NotCopyable):
-    """Hook before a whole model whose stages rank by the text of the prompt.
-
-    In the first pass of assisted decoding and prompt lookup, candidates stand behind the prompt,
-    and nothing tells where it ends but how many logits are asked for.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        check_ranking(model)
-        self.calls = calls_of(model)
-
-    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = self.calls(args, kwargs)
-        kept = call.kept_logits
-        images = call.pictures is not None or call.videos is not None or call.encoded
-        if images and call.cache is not None and isinstance(kept, int) and kept > 1:
-            raise UnsupportedError(
-                f"logits_to_keep={kept} in a prefill says that {kept - 1} candidates of assisted "
-                "decoding or prompt lookup stand behind the prompt, so its last token cannot be "
-                "found to rank by; decode without them, or rank by cls-attention"
-            )

@@ -185,4 +185,4 @@ def _padded(answer: Tensor, axis: int, tokens: int) -> Tensor:
 
 def fitted(signals: Signals, tokens: int) -> Signals:
     """`signals` with an axis of `tokens`: what is cut off is padding in every image."""
-    return Signals({**signals, **signals.along_tokens(lambda x: x[:, :tokens])})
+    return Signals({**signals, **signals.along_tokens(lambda x: x.narrow(1, 0, tokens))})
