@@ -23,7 +23,7 @@ from .strategy import Stage
 
 
 class TowerAdapter(ABC):
-    """Reads signals from a kind of vision tower, by hooks, without touching what it returns."""
+    """Adapter that reads signals from a kind of vision tower, by hooks that change nothing."""
 
     @abstractmethod
     def provides(self, tower: nn.Module) -> frozenset[type[Signal]]:
@@ -51,7 +51,7 @@ class TowerAdapter(ABC):
 
 
 class ModelAdapter(ABC):
-    """Puts stages to work in a kind of model, by hooks."""
+    """Adapter that puts stages to work in a kind of model, by hooks."""
 
     @abstractmethod
     def provides(self, model: nn.Module, placement: Placement) -> frozenset[type[Signal]]:

@@ -18,7 +18,7 @@ PER: tuple[str, ...] = get_args(Per)
 
 @dataclass(frozen=True)
 class Keep:
-    """What STAYS of a row of visual tokens: an int is a count, a float in (0, 1] a fraction.
+    """Budget: what STAYS of a row of visual tokens, a count (int) or a fraction (float in (0, 1]).
 
     `count` is pure and needs no tensor, so an engine can size its placeholders before the vision
     tower runs. Fractions round half up in decimal arithmetic, never to less than one token.
@@ -87,7 +87,7 @@ KeepLike: TypeAlias = int | float | Keep
 
 @dataclass(frozen=True)
 class Budgeted:
-    """The two fields that reducers with a budget share.
+    """Mixin with the two fields that reducers with a budget share.
 
     Args:
         keep: tokens that stay: int = count, float = fraction, or a `Keep`.

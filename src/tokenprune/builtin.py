@@ -1,4 +1,4 @@
-"""What the core offers, through the same hooks as any third party."""
+"""Built-in plugins: what the core offers, through the same hooks as any third party."""
 
 from __future__ import annotations
 

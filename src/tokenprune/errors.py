@@ -1,4 +1,4 @@
-"""What can go wrong. Each error is a `TokenpruneError` and also the built-in that it resembles."""
+"""Errors. Each is a `TokenpruneError` and also the built-in that it resembles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the fields of steps may hold: `__post_init__` calls these."""
+"""Checks of the fields of steps, which `__post_init__` calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all plots share: an empty figure, and colours and marks that everybody can tell apart."""
+"""Figures of all plots: an empty one, and colours and marks that everybody can tell apart."""
 
 from __future__ import annotations
 

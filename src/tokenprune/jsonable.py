@@ -1,4 +1,4 @@
-"""Numbers as JSON can hold them."""
+"""JSON values: numbers as JSON can hold them."""
 
 from __future__ import annotations
 

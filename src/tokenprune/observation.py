@@ -19,7 +19,7 @@ from .tokens import VisualTokens
 
 
 class Observation(NotCopyable):
-    """What one forward pass of a vision tower gave: its visual tokens and signals.
+    """Observation of one forward pass of a vision tower: its visual tokens and signals.
 
     Every thread sees its own passes. An adapter calls `begin` when the tower starts and `finish`
     when it is done; in between it keeps what it needs in `scratch`.
@@ -89,7 +89,7 @@ class Observation(NotCopyable):
 
 
 class Attended(NotCopyable):
-    """What the newest token of each prompt attended to among the visual tokens, pass by pass.
+    """Attention rows of the newest token of each prompt over the visual tokens, pass by pass.
 
     The first pass is that over the prompt, whose last token asks; in every later one asks a token
     that was generated. Every thread sees its own latest prompts. An adapter calls `begin` where a

@@ -25,7 +25,7 @@ def _check_positions(positions: str) -> None:
 
 @dataclass(frozen=True)
 class Placement(ABC):
-    """Where a strategy acts. Frozen: its fields are its arguments in a spec."""
+    """Placement: where in a model a strategy acts. Its fields are its arguments in a spec."""
 
     @abstractmethod
     def check(self, steps: Sequence[object]) -> None:

@@ -22,7 +22,7 @@ from .memberships import Memberships
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which token slots stay, and what they are made of.
+    """Plan of a reduction: which token slots stay, and what they are made of.
 
     Attributes:
         anchors: `(batch, kept)` int64, strictly increasing where `mask`: the slot from which each

@@ -1,4 +1,4 @@
-"""Keeps decisions in float32 inside a model that runs under autocast."""
+"""Precision of decisions: float32, inside a model that runs under autocast too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a question to a prompt with its placeholder."""
+"""Prompts with a placeholder, made from questions by a chat template."""
 
 from __future__ import annotations
 

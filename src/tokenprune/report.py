@@ -1,4 +1,4 @@
-"""What an attached model did: tokens per image, selector time, KV bytes."""
+"""Report of an attached model: tokens per image, selector time, bytes of the KV cache."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ImageReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Numbers of an attachment.
+    """Report of an attachment, in numbers.
 
     A call is one batch of prompts with pictures or videos. Copies of a prompt, which `generate`
     makes for beams and for `num_return_sequences`, are not counted.
@@ -98,7 +98,7 @@ def _bytes(count: int) -> str:
 
 @dataclass
 class Record:
-    """Where an adapter writes what it did; safe to share between threads.
+    """Record in which an adapter writes what it did; safe to share between threads.
 
     Each row of a reduction shows a picture, unless `origins` say otherwise: that it is a video, or
     a crop or frame of something; None marks a row as a copy of another one, which is not reported.

@@ -60,7 +60,7 @@ def resolve_layers(layers: Layers, feature_layer: int, count: int) -> tuple[int,
 
 @dataclass(frozen=True)
 class Signal(ABC):
-    """A request for something that a model computes, and the key under which it is read.
+    """Signal: a request for something that a model computes, and the key under which it is read.
 
     Subclass it, frozen, with `axes`: the einops names of the answer's axes. The axis called
     `tokens`, where there is one, counts the visual tokens alone (no [CLS], no registers).
@@ -198,7 +198,7 @@ class TextFeatures(Signal):
 
 
 class Signals(Mapping[Signal, Tensor]):
-    """What a model gave, by request. Checks the number of axes; says what is there if one is not.
+    """Mapping of signals to what a model gave. Checks numbers of axes; says what is there.
 
     >>> import torch
     >>> Signals({ClsAttention(layers=3): torch.rand(1, 3, 16, 576)})

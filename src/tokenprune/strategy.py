@@ -23,7 +23,7 @@ from .tokens import VisualTokens
 
 
 class Scorer(ABC):
-    """Says how important each visual token is. Implementations are frozen dataclasses."""
+    """Scorer: says how important each visual token is. Implementations are frozen dataclasses."""
 
     @property
     def signals(self) -> frozenset[Signal]:
@@ -71,7 +71,7 @@ class Reducer(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Reduction:
-    """What a strategy did.
+    """Reduction: what a strategy did to a batch.
 
     Attributes:
         tokens: the reduced visual tokens.
@@ -170,7 +170,7 @@ class Strategy:
 
 @dataclass(frozen=True)
 class Stage:
-    """A strategy at a placement: what `attach` installs."""
+    """Stage: a strategy at a placement, which `attach` installs."""
 
     strategy: Strategy
     placement: Placement

@@ -14,7 +14,7 @@ from .plan import Plan
 
 @dataclass(frozen=True, eq=False)
 class VisualTokens:
-    """A padded batch of visual tokens. A row is the set of tokens that share one budget.
+    """Visual tokens in a padded batch. A row is the set of tokens that share one budget.
 
     Build one with `VisualTokens.of(features)`; the fields left out get their neutral values.
 

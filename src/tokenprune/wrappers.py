@@ -1,4 +1,4 @@
-"""What other libraries put around a model, and how to see through it."""
+"""Wrappers that other libraries put around a model, and how to see through them."""
 
 from __future__ import annotations
 

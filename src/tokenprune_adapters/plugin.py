@@ -1,4 +1,4 @@
-"""What this package offers. Models are claimed by class name, so nothing heavy is imported."""
+"""Plugin of this package. Models are claimed by class name, so nothing heavy is imported."""
 
 from __future__ import annotations
 

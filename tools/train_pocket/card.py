@@ -1,4 +1,4 @@
-"""The model card, written from the numbers of a training run."""
+"""Model card, written from the numbers of a training run."""
 
 from __future__ import annotations
 

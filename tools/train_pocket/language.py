@@ -1,4 +1,4 @@
-"""Stage 2: projector and language model learn to answer from the features of the frozen tower."""
+"""Lessons of stage 2: projector and LLM learn to answer from the features of the frozen tower."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An optimisation loop that survives being killed."""
+"""Optimisation loop that survives being killed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Step: TypeAlias = Callable[[int], tuple[Tensor, float]]
 
 @dataclass(frozen=True)
 class Stage:
-    """How long and how fast to train: AdamW, linear warm-up, cosine to zero, perhaps once more.
+    """Stage of training: AdamW, linear warm-up, cosine to zero, perhaps once more.
 
     Attributes:
         name: names the files of the stage.
@@ -57,7 +57,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Log:
-    """What training took and how it went.
+    """Log of what training took and how it went.
 
     Attributes:
         seconds: of CPU time.

@@ -1,4 +1,4 @@
-"""An untrained pocket model and its processor, from stock Hugging Face classes."""
+"""Untrained pocket model and its processor, from stock Hugging Face classes."""
 
 from __future__ import annotations
 

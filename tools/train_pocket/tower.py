@@ -1,4 +1,4 @@
-"""Stage 1: the vision tower learns to say, from [CLS], which kinds are there in which colour."""
+"""Lessons of stage 1: the tower learns to say, from [CLS], which kinds are there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train the pocket model: `python -m train_pocket.train --out DIR`.
+"""Training of the pocket model: `python -m train_pocket.train --out DIR`.
 
 Everything follows from the seed. A run that was killed continues when it is started again with
 the same folder. It needs the extras `hf` and `cli`, no data set and no graphics card; one core
@@ -27,7 +27,7 @@ from .model import build, build_processor, save
 
 @dataclass(frozen=True)
 class Recipe:
-    """How much of everything.
+    """Recipe: how much of everything.
 
     Attributes:
         tower: stage 1.

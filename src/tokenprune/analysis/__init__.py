@@ -1,4 +1,4 @@
-"""Looking at what strategies do. Nothing here is imported by the core.
+"""Analysis of what strategies do: pictures, overlap, curves. Nothing here is imported by the core.
 
 `tokenprune.analysis.overlay` draws which patches a plan keeps or merges, `heat` how they score,
 `sheet` puts such pictures beside each other; they need Pillow.

@@ -1,4 +1,4 @@
-"""Do two importances agree on which visual tokens matter? Equations 5 to 8 of VTC-CLS.
+"""Consistency of two importances: overlap and rank correlation, equations 5 to 8 of VTC-CLS.
 
 The paper (arXiv:2412.05819, section 3.2) compares the scores of a vision tower with the attention
 that the output tokens pay to visual tokens in each layer of the LLM. Both functions take any

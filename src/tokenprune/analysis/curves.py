@@ -1,4 +1,4 @@
-"""What an analysis of layers found: curves over the layers of the LLM, and their file."""
+"""Curves of consistency over the layers of the LLM, and the file that holds them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RANDOM = "random"
 
 @dataclass(frozen=True)
 class Curve:
-    """One measure in every layer of the LLM.
+    """Curve of one measure over the layers of the LLM.
 
     Attributes:
         scorer: the spec of the scores that are compared; empty for a share, which needs none.
@@ -49,7 +49,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Consistency:
-    """How far scores agree with what the LLM attends to.
+    """Consistency of scores with the attention of the LLM.
 
     Attributes:
         model: its name or folder.

@@ -1,4 +1,4 @@
-"""What became of every patch of a picture, crop by crop."""
+"""Fate of every patch of a picture, crop by crop: kept, merged or dropped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ discarded, None where it never was a token (an any-resolution model cuts such pa
 
 @dataclass(frozen=True)
 class Fate:
-    """Where the patches of a picture went.
+    """Kept token that each patch of a picture went to.
 
     Attributes:
         crops: one entry for each crop; a picture that is not cut has one.

@@ -1,4 +1,4 @@
-"""Do scores agree with what the LLM attends to, layer by layer? VTC-CLS, section 3.2 and figure 2.
+"""Consistency of scores with the LLM's attention, layer by layer: VTC-CLS, section 3.2, figure 2.
 
     result = consistency(model, processor, samples, keeps=[128, 64])
     result.curve("cls-attention", "correlation").layers[1]  # layer 2, mean and standard error
@@ -100,7 +100,7 @@ def consistency(
 
 @dataclass(eq=False)
 class _Told:
-    """Everything measured so far, question by question.
+    """Measures so far, question by question.
 
     Attributes:
         given: the scorers.

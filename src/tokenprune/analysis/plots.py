@@ -28,7 +28,7 @@ _ASKING: dict[Queries, str] = {
 
 
 class _Panel(NamedTuple):
-    """What one column of plots shows."""
+    """Column of plots."""
 
     measure: Measure
     keep: int | float | None

@@ -1,4 +1,4 @@
-"""Many pictures: rows of pictures and prompts to rows with answers, on one machine or on many.
+"""Batch work: rows of pictures and prompts to rows with answers, on one machine or on many.
 
     read_rows -> Rows -> Job (what decides the answers)
                   |        |

@@ -1,4 +1,4 @@
-"""One batch of rows: pictures and prompts in, answers out, bad rows reported."""
+"""Answerer of one batch of rows: pictures and prompts in, answers out, bad rows reported."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Answerer:
 
 @dataclass
 class _Worker:
-    """What belongs to one process and is never pickled."""
+    """State that belongs to one process and is never pickled."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     model: _Model | None = None

@@ -1,4 +1,4 @@
-"""What can go wrong with many pictures."""
+"""Errors of batch work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decides the answers; parts of other work are never mixed in."""
+"""Job: all that decides the answers, so that parts of other work are never mixed in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .rows import Rows
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that the answers depend on, and nothing about where they are computed.
+    """Settings that the answers depend on, and nothing about where they are computed.
 
     Attributes:
         model: name on the hub, or absolute folder of a checkpoint.

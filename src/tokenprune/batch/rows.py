@@ -24,7 +24,7 @@ NAMED = 3  # files that an error names
 
 @dataclass(frozen=True)
 class Rows:
-    """What there is to do.
+    """Rows to answer, read when they are needed.
 
     Attributes:
         table: strings `id`, `image` (a name, see `picture_of`; or null) and `prompt`, one row each.

@@ -1,4 +1,4 @@
-"""All of it: rows in, a file of answers out, resumed where it was left."""
+"""Run of a job: rows in, a file of answers out, resumed where it was left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where answers are computed: in this process, or in several of this machine."""
+"""Workers that compute answers: this process, or several of this machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """Something that answers rows."""
+    """Engine that answers rows."""
 
     def answers(self, answerer: Answerer, rows: pa.Table) -> Iterator[Columns]:
         """Answers to all `rows`, some at a time, in any order."""

@@ -1,4 +1,4 @@
-"""What to ask: pictures, questions and accepted answers, from files or from the pocket task."""
+"""Samples: pictures, questions and accepted answers, from files or from the pocket task."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class DataError(TokenpruneError, ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One question about one picture.
+    """Question about a picture, with the answers that are accepted.
 
     Attributes:
         id: unlike that of any other sample.

@@ -1,4 +1,4 @@
-"""What competes: methods at every budget, and what keeps them honest."""
+"""Entrants of a bench: methods at every budget, and the floors and controls beside them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BUDGET = "{keep}"
 
 @dataclass(frozen=True)
 class Entrant:
-    """One line of a bench.
+    """Entrant: one line of a bench.
 
     Attributes:
         label: the method's name, the same for all its budgets.
@@ -81,7 +81,7 @@ class Given(Scorer):
 
 @dataclass(frozen=True)
 class Inverted(Scorer):
-    """The worst first: a scorer that works must fall below random when it is turned round."""
+    """Inverted scorer: one that works must fall below random when it is turned round."""
 
     scorer: Scorer
 

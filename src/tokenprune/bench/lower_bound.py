@@ -1,4 +1,4 @@
-"""How low a true rate can be, given what was seen."""
+"""Clopper-Pearson lower bound of a binomial rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is a reply right?"""
+"""Match of a reply with the accepted answers."""
 
 from __future__ import annotations
 

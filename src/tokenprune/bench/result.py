@@ -1,4 +1,4 @@
-"""The outcome of a bench as data: rows for tables, and files that others can read."""
+"""Result of a bench as data: rows for tables, and files that others can read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Row:
-    """One entrant's results.
+    """Results of one entrant.
 
     Attributes:
         label: the method's name.
@@ -67,7 +67,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """A whole bench: what was asked of whom, where, and what came out.
+    """Bench: what was asked of whom, where, and what came out.
 
     Attributes:
         model: its name or folder.

@@ -1,4 +1,4 @@
-"""Every entrant answers the same batches, in turns, so that times can be compared."""
+"""Rounds in which every entrant answers the same batches, so that times can be compared."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GRAY = (128, 128, 128)
 
 @dataclass
 class Record:
-    """What one entrant said and what it took.
+    """Answers of one entrant, and what they cost.
 
     Attributes:
         replies: one for each sample, in order.
@@ -198,7 +198,7 @@ def _answer(
 
 
 class _Clock:
-    """Reads the time at the first token; stops nothing."""
+    """Clock that reads the time at the first token; it stops nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

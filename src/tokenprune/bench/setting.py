@@ -1,4 +1,4 @@
-"""What every file of results says of how it was measured."""
+"""Setting of a measurement: versions, device, model and data, for every file of results."""
 
 from __future__ import annotations
 

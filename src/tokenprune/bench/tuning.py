@@ -1,4 +1,4 @@
-"""The cheapest way to compress that still answers as the model does, found without labels."""
+"""Search for the cheapest spec that still answers as the model does, without labels."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CONFIRMED = 3
 
 @dataclass(frozen=True)
 class Trial:
-    """How one method did on some pictures.
+    """Trial of one method on some pictures.
 
     Attributes:
         spec: what was attached.
@@ -62,7 +62,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was found.
+    """Outcome of the search.
 
     Attributes:
         best: the cheapest trial whose bound reaches the floor; None where none does, or where the

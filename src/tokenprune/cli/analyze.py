@@ -19,7 +19,7 @@ from .console import console, table
 
 @dataclass(frozen=True)
 class Request:
-    """What was typed; the options of `tokenprune analyze`, in their order."""
+    """Request that was typed: the options of `tokenprune analyze`, in their order."""
 
     model: str
     data: Path | None

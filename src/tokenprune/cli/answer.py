@@ -1,4 +1,4 @@
-"""One answer of a model, and what compression did on the way."""
+"""Answer of a model, and what compression did on the way."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said; report and reduction are None for vanilla."""
+    """Answer of the model; report and reduction are None for vanilla."""
 
     text: str
     report: Report | None = None

@@ -24,7 +24,7 @@ COUNTED = ("tokens_before", "tokens_after")
 
 @dataclass(frozen=True)
 class Request:
-    """What was typed; the options of `tokenprune batch`, in their order."""
+    """Request that was typed: the options of `tokenprune batch`, in their order."""
 
     model: str
     input: Path

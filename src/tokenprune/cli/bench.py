@@ -24,7 +24,7 @@ KEEPS = "1.0,0.5,0.25,0.125,0.06"
 
 @dataclass(frozen=True)
 class Request:
-    """What was typed; the options of `tokenprune bench`, in their order."""
+    """Request that was typed: the options of `tokenprune bench`, in their order."""
 
     model: str
     data: Path | None

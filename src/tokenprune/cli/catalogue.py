@@ -1,4 +1,4 @@
-"""What is installed, as lines to show. Pure data, so that documentation can use it too."""
+"""Catalogue of what is installed, as lines. Pure data, so that documentation can use it too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..spec import PLACEMENTS
 
 @dataclass(frozen=True)
 class Line:
-    """One thing that is offered.
+    """Line of the catalogue: one thing that is offered.
 
     Attributes:
         kind: "scorer", "reducer", "placement", "recipe", "tower" or "model".

@@ -1,4 +1,4 @@
-"""Where commands write."""
+"""Console of the commands, and the tables that they print."""
 
 from __future__ import annotations
 

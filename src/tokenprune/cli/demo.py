@@ -40,7 +40,7 @@ SPECS: dict[str, str | None] = {
 
 @dataclass(frozen=True)
 class Column:
-    """All answers under one spec."""
+    """Column of the demo's table: all answers under one spec."""
 
     title: str
     answers: tuple[Answer, ...]

@@ -27,7 +27,7 @@ COLORS = {"ok": "green", "failed": "red", "refused": "red", "unclear": "yellow"}
 
 @dataclass(frozen=True)
 class Request:
-    """What was typed; the options of `tokenprune doctor`, in their order."""
+    """Request that was typed: the options of `tokenprune doctor`, in their order."""
 
     model: str | None
     json: bool

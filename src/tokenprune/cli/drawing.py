@@ -1,4 +1,4 @@
-"""What a model saw of a picture, and drawings on it."""
+"""Drawings on what a model saw of a picture."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DESCRIPTION = "Description"
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture as a model saw it.
+    """Picture as a model saw it, crop by crop.
 
     Attributes:
         crops: the picture; or base view and tiles.

@@ -37,7 +37,7 @@ QUESTION = "Describe this picture."
 
 @dataclass(frozen=True)
 class Request:
-    """What was typed; the options of `tokenprune picture`, in their order."""
+    """Request that was typed: the options of `tokenprune picture`, in their order."""
 
     model: str
     image: Path | None
@@ -55,7 +55,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class _Witness(Scorer):
-    """Keeps what it is shown, and finds everything equally important.
+    """Scorer that keeps what it is shown, and finds everything equally important.
 
     Attributes:
         asked: the signal to keep.

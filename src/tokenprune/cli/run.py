@@ -24,7 +24,7 @@ SIDE = 384
 
 @dataclass(frozen=True)
 class Request:
-    """What was typed; the options of `tokenprune run`, in their order."""
+    """Request that was typed: the options of `tokenprune run`, in their order."""
 
     model: str
     image: Path

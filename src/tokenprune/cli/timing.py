@@ -1,4 +1,4 @@
-"""How long a model takes, with and without compression."""
+"""Timing of a model, with and without compression."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from .errors import CommandError
 
 @dataclass(frozen=True)
 class Request:
-    """What was typed; the options of `tokenprune tune`, in their order."""
+    """Request that was typed: the options of `tokenprune tune`, in their order."""
 
     model: str
     data: Path | None

@@ -1,4 +1,4 @@
-"""Doctor: compares what tokenprune attaches with vanilla runs, pieced together by hand.
+"""Doctor that compares what tokenprune attaches with vanilla runs, pieced together by hand.
 
 >>> from tokenprune.doctor import examine
 >>> examine(only=()).failed

@@ -1,4 +1,4 @@
-"""One HTML page of all results in a folder, which opens from disk without network.
+"""HTML page of all results in a folder, which opens from disk without network.
 
     write_page(Path("tokenprune-bench"))
 

@@ -1,4 +1,4 @@
-"""The whole page of a folder."""
+"""Document: the whole HTML page of a folder."""
 
 from __future__ import annotations
 

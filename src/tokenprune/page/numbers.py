@@ -1,4 +1,4 @@
-"""Numbers for people."""
+"""Numbers as people read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hooks. Each takes nothing and yields records; a package implements those it needs."""
+"""Hooks of plugins (pluggy). Each takes nothing and yields records; implement what you need."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 class TokenpruneSpecs:
-    """What a plugin may implement."""
+    """Specifications of the hooks that a plugin may implement."""
 
     @hookspec
     def tokenprune_scorers(self) -> Iterable[ScorerPlugin]:

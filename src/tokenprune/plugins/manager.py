@@ -1,4 +1,4 @@
-"""Finds plugins, names the broken ones, and answers who offers what."""
+"""Registry of plugins: finds them, names the broken ones, and answers who offers what."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Offer(Generic[P]):
 
 @dataclass(frozen=True)
 class Registry:
-    """Everything that the installed plugins offer.
+    """Registry of all that the installed plugins offer.
 
     Attributes:
         scorers, reducers, towers, models, recipes: offers in the order of registration.

@@ -1,4 +1,4 @@
-"""The records that plugins hand over. Frozen, and nothing heavy is imported to make one."""
+"""Records that plugins hand over. Frozen, and nothing heavy is imported to make one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KEBAB = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 @dataclass(frozen=True)
 class Plugin:
-    """What all records share.
+    """Record: what all plugins share.
 
     Attributes:
         name: kebab-case; what users write in specs.

@@ -1,4 +1,4 @@
-"""The most diverse tokens: greedy max-min distance, as in DivPrune."""
+"""Diverse tokens: greedy max-min distance, as in DivPrune."""
 
 from __future__ import annotations
 

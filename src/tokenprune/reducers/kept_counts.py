@@ -1,4 +1,4 @@
-"""What several reducers need to know about rows: how many tokens stay, which may be touched."""
+"""Kept counts per row of a batch, and the tokens that a reducer may touch."""
 
 from __future__ import annotations
 

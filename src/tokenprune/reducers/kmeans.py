@@ -81,7 +81,7 @@ class KMeans(Budgeted, Reducer):
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """One clustering problem per row.
+    """Clustering problems, one per row.
 
     Attributes:
         distance: `(batch, tokens, tokens)` float64, whole numbers (see `squared_distances`).

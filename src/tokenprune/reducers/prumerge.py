@@ -27,7 +27,7 @@ Heads: TypeAlias = Literal["joint", "mean"]
 
 @dataclass(frozen=True)
 class _Merging(Budgeted):
-    """The fields that both variants share.
+    """Mixin with the fields that both variants share.
 
     Args:
         keep: None keeps as many as there are outliers, so the count depends on the picture; a

@@ -1,4 +1,4 @@
-"""How attention rows of several layers and heads become one score per token."""
+"""Ensemble of attention rows: several layers and heads become one score per token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be checked: scorers and reducers, and cases that say how to build towers and models."""
+"""Cases for checks: scorers, reducers, and how to build towers and models."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class ReducerCase:
 
 @dataclass(frozen=True)
 class TowerCase:
-    """How to build a tiny vision tower and run it.
+    """Case of a tower adapter: how to build a tiny vision tower and run it.
 
     Attributes:
         name: for test ids.
@@ -169,7 +169,7 @@ def _cache_lengths(model: nn.Module, inputs: dict[str, Any]) -> list[int]:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """How to build a tiny model, prompts for it, and how it is called.
+    """Case of a model adapter: how to build a tiny model, its prompts, and how it is called.
 
     The functions default to the conventions of transformers, with LEFT padding.
 

@@ -17,7 +17,7 @@ FIELDS = ("features", "mask", "patches", "sizes", "protected", "ids")
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What one call reads.
+    """Inputs of one call of a scorer or reducer.
 
     Attributes:
         tokens: the visual tokens.

@@ -1,4 +1,4 @@
-"""What checks of scorers and of reducers watch for alike."""
+"""Probes that checks of scorers and of reducers share."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def same_output(a: object, b: object) -> bool:
 
 
 class Interrupted(Exception):  # noqa: N818
-    """What the checks raise in the middle of things."""
+    """Interruption that the checks raise in the middle of things."""
 
 
 def interrupted_installs(

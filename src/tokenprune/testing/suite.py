@@ -1,4 +1,4 @@
-"""What `pytest --tokenprune-plugin PKG` collects: the contract, on what PKG registers."""
+"""Suite that `pytest --tokenprune-plugin PKG` collects: the contract, on what PKG registers."""
 
 from __future__ import annotations
 

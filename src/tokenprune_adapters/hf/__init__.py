@@ -1,1 +1,1 @@
-"""The wall to transformers: the names that it uses, and where the parts of its models sit."""
+"""Models of transformers. Nothing else reads its modules, caches and calls."""

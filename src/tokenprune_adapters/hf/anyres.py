@@ -22,7 +22,7 @@ NEWLINE = -1
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """How the crops of some images become sequences of tokens.
+    """Packing of the crops of some images into sequences of tokens.
 
     Attributes:
         sources: for each image `(packed,)` int64: where each packed token comes from, counted over

@@ -124,7 +124,7 @@ def attention_in(layer: nn.Module) -> nn.Module:
 
 
 class ReadAttention(NotCopyable):
-    """What reads the attention of one decoder layer: its config is viewed while installed.
+    """Reader of the attention of one decoder layer, whose config is viewed while it is installed.
 
     Args:
         layer: a decoder layer.
@@ -199,7 +199,7 @@ class ConfigView(NotCopyable):
 
 @dataclass(frozen=True, eq=False)
 class _View:
-    """The view on one attention; the last that is removed shows the config itself again."""
+    """View on one attention; the last that is removed shows the config itself again."""
 
     reading: ReadAttention
     config: ConfigView

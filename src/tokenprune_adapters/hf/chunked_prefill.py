@@ -32,7 +32,7 @@ def lost_images_guard(parts: Anatomy) -> Iterator[Removable]:
 
 
 class RefuseLostImages(NotCopyable):
-    """The hook before a model without its head."""
+    """Hook before a model without its LM head."""
 
     def __init__(self, parts: Anatomy) -> None:
         self.parts = parts

@@ -75,7 +75,7 @@ def _pool(tower: nn.Module) -> nn.Module | None:
 
 
 class _Taps(NotCopyable):
-    """The hooks of one installation."""
+    """Hooks of one installation."""
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ _ENCODERS: Encoders = {"get_image_features": (Call.pixels,)}
 
 
 class LlavaAdapter(ModelAdapter):
-    """Reduces before the projector, after decoder layers, or both.
+    """Adapter of LLaVA-1.5: reduces before the projector, after decoder layers, or both.
 
     The language model computes and caches, from each place on, the tokens kept there.
     """

@@ -44,7 +44,7 @@ _ENCODERS: Encoders = {_ENCODE: (Call.pixels, Call.sizes)}
 
 
 class LlavaNextAdapter(ModelAdapter):
-    """Reduces before the projector, after decoder layers, or both.
+    """Adapter of LLaVA-NeXT: reduces before the projector, after decoder layers, or both.
 
     Grid, unpadding and newlines stay the model's own.
 
@@ -128,7 +128,7 @@ def _newline(placed: Placed) -> Newline:
 
 
 class _PackImages(NotCopyable):
-    """Knows, while a model encodes images, how their crops will be packed.
+    """Packing of the images that a model encodes, known before their crops are packed.
 
     The sizes of the images reach `get_image_features` and nothing below it, and `generate` calls
     that method from outside of any `forward`, so the one method is wrapped on the one instance.

@@ -53,7 +53,7 @@ def _drop_private(
 
 
 class SameParts(NotCopyable):
-    """The hook before a model that looks whether the parts with hooks are still at work.
+    """Hook before a model that looks whether the parts with hooks are still at work.
 
     Args:
         core: the model without its head.

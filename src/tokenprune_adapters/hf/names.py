@@ -70,7 +70,7 @@ def names_of(known: Argument[Any] | Field[Any]) -> str:
 
 
 class Call:
-    """One call of a module or method of transformers, as a hook with kwargs sees it.
+    """Call of a module or method of transformers, as a hook with kwargs sees it.
 
     Args:
         signature: what is called.

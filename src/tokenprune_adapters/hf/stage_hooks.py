@@ -1,4 +1,4 @@
-"""Stages of a model by where they act, and the hooks on its language model that follow."""
+"""Stages of a model by their placement, and the hooks on its language model that follow."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def readable(placement: Placement, of_tower: frozenset[type[Signal]]) -> frozens
 
 @dataclass(frozen=True)
 class Placed:
-    """The stages of a model by where they act.
+    """Stages of a model by their placement.
 
     Attributes:
         before: the stage before the LLM, or None.

@@ -37,7 +37,7 @@ _ENCODERS: Encoders = {"get_image_features": (Call.pixels,), ENCODE: (Call.video
 
 
 class VideoLlavaAdapter(ModelAdapter):
-    """Reduces pictures and videos before the projector, after decoder layers, or both.
+    """Adapter of Video-LLaVA: reduces pictures and videos, before the projector or after layers.
 
     With ``per="image"`` (the default) a budget counts patches of a picture or of a whole video,
     with ``per="frame"`` those of every frame (FasterVLM's branch for videos), a picture being a
@@ -101,7 +101,7 @@ def _per(stages: tuple[Stage, ...]) -> Per:
 
 
 class _FindVisual:
-    """Finds pictures, videos and frames in prompts by their placeholders.
+    """Finder of pictures, videos and frames in prompts, by their placeholders.
 
     Args:
         parts: the parts of the model.

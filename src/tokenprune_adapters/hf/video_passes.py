@@ -33,7 +33,7 @@ _FRAMES = "tokenprune_frames"
 
 
 class Passes(NotCopyable):
-    """Knows, for every thread, which tower ran last and how the frames of videos belong together.
+    """Passes of the towers in every thread: which ran last, and which frames belong together.
 
     How many frames a video has reaches `get_video_features` and nothing below it, and `generate`
     calls that method from outside of any `forward`, so the one method is wrapped on the one

@@ -26,7 +26,7 @@ from .video_passes import Passes, shown_cls
 
 
 class ReducePicturesAndVideos(NotCopyable):
-    """The hooks on the projector, which pictures and videos share.
+    """Pair of hooks on the projector, which pictures and videos share.
 
     Of every frame the projector also gets [CLS], which goes around the reduction.
     """
@@ -104,7 +104,7 @@ class ReducePicturesAndVideos(NotCopyable):
 
 @dataclass(frozen=True, eq=False)
 class _Beside:
-    """What the hook before the projector leaves for the one after it, of frames.
+    """Frames that the hook before the projector leaves for the one after it.
 
     Attributes:
         left: what reducing the patches has left.

@@ -1,4 +1,4 @@
-"""Rows of attention of the newest token of each prompt, read beside the model's own attention.
+"""Attention rows of the newest token of each prompt, read beside the model's own attention.
 
 In every decoder layer one row is read: of the prompt's last token while the prompt is read, and
 later of the one token that came.
@@ -32,7 +32,7 @@ from .stage_hooks import FindImages
 
 @dataclass(frozen=True, eq=False)
 class _Pictures:
-    """Where the pictures of a batch of prompts are.
+    """Pictures of a batch of prompts, and their slots.
 
     Attributes:
         batch: prompts.
@@ -47,7 +47,7 @@ class _Pictures:
 
 @dataclass(eq=False)
 class _Pass:
-    """A forward pass that is under way.
+    """Forward pass that is under way.
 
     Attributes:
         pictures: those of the prompts that it reads or continues.
@@ -61,7 +61,7 @@ class _Pass:
 
 
 class WatchAttention(NotCopyable):
-    """The hooks on a model and the decoder layers of its language model.
+    """Hooks on a model and the decoder layers of its language model.
 
     Args:
         parts: the parts of the model.
@@ -151,7 +151,7 @@ class WatchAttention(NotCopyable):
 
 
 class _BeforeLayer(NotCopyable):
-    """The hook before one decoder layer, which asks its attention for queries and keys."""
+    """Hook before one decoder layer, which asks its attention for queries and keys."""
 
     def __init__(self, watch: WatchAttention, layer: nn.Module, number: int) -> None:
         self.watch = watch

@@ -121,7 +121,7 @@ class ReduceBeforeProjector(NotCopyable):
 
 @dataclass(frozen=True, eq=False)
 class _Left:
-    """What the hook before the projector leaves for the hook after it.
+    """Value that the hook before the projector leaves for the hook after it.
 
     Attributes:
         kept: where each row that is projected belongs (see `marks.spread`); None: as it stands.

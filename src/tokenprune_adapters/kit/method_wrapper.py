@@ -73,7 +73,7 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class _Wrapper:
-    """What was put around a method; the last that is removed shows the class's method again."""
+    """Handle of what was put around a method; the last removed shows the class's method again."""
 
     owner: nn.Module
     name: str

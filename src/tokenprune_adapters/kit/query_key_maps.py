@@ -60,7 +60,7 @@ _AFTER_ROWS = {
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """One map to queries or keys.
+    """Linear map to queries or keys, and the norm behind it.
 
     Attributes:
         weight: `(heads * channels, width)`.

@@ -1,4 +1,4 @@
-"""What compression did over a whole evaluation, added up from the reports of single prompts."""
+"""Account of a whole evaluation, added up from the reports of single prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lmms-eval is offered: its own models, with a spec among their arguments."""
+"""Manifests of the models that lmms-eval is offered: its own, with a spec as an argument."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from .rotary import RotaryEmbedding
 
 @dataclass(frozen=True, eq=False)
 class Vit:
-    """What a tower is made of, whichever library wrote it.
+    """Parts of a vision transformer (ViT), whichever library wrote it.
 
     Attributes:
         name: of its class, for messages.
@@ -189,7 +189,7 @@ def read_block(
 
 @dataclass(frozen=True, eq=False)
 class _BlockTap(NotCopyable):
-    """The hook before the attention of one block.
+    """Hook before the attention of one block.
 
     Only its input is looked at: inside of `nn.MultiheadAttention` hooks do not run on the native
     path, and to ask it for weights would take it off that path and change what it returns.
@@ -227,7 +227,7 @@ class _BlockTap(NotCopyable):
 
 @dataclass(frozen=True, eq=False)
 class _PoolTap(NotCopyable):
-    """The hook before an attention pool: what its first query attends to."""
+    """Hook before an attention pool, for the attention row of its first query."""
 
     observation: Observation
 

@@ -123,7 +123,7 @@ class _Pass(NotCopyable):
 
 @dataclass(frozen=True, eq=False)
 class _Step(NotCopyable):
-    """The hook before the block at which a stage starts.
+    """Hook before the block at which a stage starts.
 
     Attributes:
         vit: the tower.

@@ -1,4 +1,4 @@
-"""A trained miniature LLaVA, small enough to ship, and the task it was trained for.
+"""Pocket model: a trained miniature LLaVA, small enough to ship, and the task of its training.
 
 >>> scene = draw(7)
 >>> prompt(questions(scene)[3])

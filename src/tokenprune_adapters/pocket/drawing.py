@@ -1,4 +1,4 @@
-"""Paint objects over noise, in sums that are exact, so that every machine gets the same pixels."""
+"""Drawing of objects over noise, in sums that are exact: every machine gets the same pixels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FINE = 4  # sub-pixels a side when a shape's coverage is sampled
 
 @dataclass(frozen=True)
 class Stroke:
-    """One thing to paint.
+    """Stroke: one thing to paint.
 
     Attributes:
         kind: a name of `KINDS` or `CLUTTER`, or `PLATE`.

@@ -1,4 +1,4 @@
-"""Which slots of a prompt are visual, and of which image: to the tokens of images and back."""
+"""Image slots: which slots of a prompt are visual, and which patch of which image each is."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def feature_prints(features: Tensor | Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """The images of a batch of prompts, or videos, or whatever shares a budget.
+    """Images of a batch of prompts, or videos, or whatever shares a budget.
 
     Some slots of an image may hold no patch, such as the newlines of LLaVA-NeXT: these are no
     visual tokens, and stay.
@@ -161,7 +161,7 @@ class Images:
 
 @dataclass(frozen=True, eq=False)
 class Seats:
-    """Where the tokens of each image sit in a batch of prompts.
+    """Seats of the tokens of each image in a batch of prompts.
 
     Attributes:
         index: `(images, tokens)` int64 into `batch * slots`.

@@ -46,7 +46,7 @@ QueryAttention = LastQueryAttention | TextQueryAttention
 
 
 class ReduceInside(NotCopyable):
-    """The hooks before the decoder layers of a language model.
+    """Hooks before the decoder layers of a language model.
 
     Args:
         llm: the language model.
@@ -228,7 +228,7 @@ class ReduceInside(NotCopyable):
 
 
 class _BeforeLayer(NotCopyable):
-    """The hook before one decoder layer."""
+    """Hook before one decoder layer."""
 
     def __init__(self, inside: ReduceInside, number: int) -> None:
         self.inside = inside

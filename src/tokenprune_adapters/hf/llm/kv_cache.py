@@ -19,7 +19,7 @@ from tokenprune.errors import AttachError, UnsupportedError
 
 @dataclass(frozen=True, eq=False)
 class Shortened:
-    """How a cache layer's physical slots relate to the logical prompt.
+    """State of a shortened KV cache layer: how its physical slots relate to the logical prompt.
 
     Attributes:
         offset: logical slots that have no physical one.
@@ -43,7 +43,7 @@ class Shortened:
 
 
 class ShortenedLayer(DynamicLayer):  # type: ignore[misc]
-    """A dynamic cache layer that stores fewer slots than it answers for."""
+    """Dynamic KV cache layer that stores fewer slots than it answers for."""
 
     state: Shortened
     expected: bool

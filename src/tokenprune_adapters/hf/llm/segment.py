@@ -1,4 +1,4 @@
-"""A segment: decoder layers in a row that compute the same tokens of a prompt.
+"""Segment: decoder layers in a row that compute the same tokens of a prompt.
 
 Without anything reduced there is one segment, the whole model. A reduction before the LLM shortens
 that one; each reduction after a layer starts another, which has its own slots, validity, positions,
@@ -24,7 +24,7 @@ from .kv_cache import Shortened
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """What the layers of one segment work with during one forward pass.
+    """Segment in one forward pass: the slots, position ids and mask that its layers work with.
 
     Attributes:
         layout: from the slots of the segment before (or of the caller) to this one's; None where
@@ -77,7 +77,7 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """The newest slots of a prompt as a segment gets them: `(batch, queries)` each.
+    """Newest slots of a prompt as a segment gets them: `(batch, queries)` each.
 
     Attributes:
         drop: True where a visual token is dropped.

@@ -1,4 +1,4 @@
-"""Run a language model of transformers on a shortened prompt, while its caller sees a whole one.
+"""Short prompt: a language model computes it, while its caller sees the whole one.
 
 The hook before the model takes marked (dropped) slots and padding out of the embeddings, masks and
 position ids; the hook after it tells the cache, and puts hidden states back to logical length, so
@@ -52,7 +52,7 @@ VISUAL = "tokenprune_visual"
 
 @dataclass(eq=False)
 class Run:
-    """One forward pass of a language model with something reduced.
+    """Run of a language model: one forward pass with something reduced.
 
     The hook before the model makes it and knows the first segment; stages inside the model add
     theirs as their layers come.
@@ -101,7 +101,7 @@ class Run:
 
 
 class ShortenPrompts(NotCopyable):
-    """The two hooks on a language model.
+    """Pair of hooks on a language model.
 
     Args:
         llm: the language model.

@@ -26,7 +26,7 @@ from .image_slots import Images, feature_prints
 
 @dataclass(frozen=True, eq=False)
 class _Image:
-    """What is known of one image.
+    """Signals that are known of one image.
 
     Attributes:
         signals: of the patches that are left, without an axis of images.
@@ -41,7 +41,7 @@ class _Image:
 
 @dataclass(eq=False)
 class _Remembered:
-    """What one thread has put, oldest first, and how many images came with the latest call."""
+    """Images that one thread has put, oldest first, and how many came with the latest call."""
 
     images: OrderedDict[int, _Image] = field(default_factory=OrderedDict)
     latest: int = 0

@@ -1,4 +1,4 @@
-"""Rows of attention of the text to the tokens of images, in a decoder layer: no full map."""
+"""Attention rows of the text over the tokens of images, in a decoder layer: no full map."""
 
 from __future__ import annotations
 
