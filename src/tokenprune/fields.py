@@ -23,7 +23,7 @@ def check_read(name: str, value: object, default: object, why: str, instead: str
     """Refuse a field that was given although another one overrules it.
 
     Args:
-        name: of the field.
+        name: name of the field.
         value: what it holds.
         default: what it holds where nobody gave it.
         why: clause that says what overrules it.

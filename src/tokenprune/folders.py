@@ -31,7 +31,7 @@ def list_pictures(folder: Path, *, deep: bool = True) -> Listing:
     """The listing of `folder`. Files with an ending that pictures have are not opened.
 
     Args:
-        folder: to look into.
+        folder: folder to look into.
         deep: whether to look into the folders below as well; links to folders are not followed.
     """
     pictures, passed_over = [], []
@@ -48,7 +48,7 @@ def files_of(folder: Path, *, deep: bool = True) -> Iterator[tuple[str, str | No
     """Every file of `folder` by its relative name, and why it cannot be looked at, or None.
 
     Args:
-        folder: to look into.
+        folder: folder to look into.
         deep: whether to look into the folders below as well; else these are given as well.
     """
     unlisted: list[OSError] = []

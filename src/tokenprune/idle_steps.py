@@ -22,7 +22,7 @@ def check_scores_are_read(steps: Sequence[Scorer | Reducer], scorers: Sequence[b
     """Refuse a scorer whose scores no reducer reads before the next scorer, or at all.
 
     Args:
-        steps: of a strategy, in order.
+        steps: steps of a strategy, in order.
         scorers: whether each of them is a scorer.
 
     Raises:

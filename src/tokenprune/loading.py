@@ -62,7 +62,7 @@ def load_model(path: str, device: str, dtype: str) -> PreTrainedModel:
 
     Args:
         path: folder, or name on the hub.
-        device: of the model; "auto" is the GPU where there is one.
+        device: device of the model; "auto" is the GPU where there is one.
         dtype: name of a torch dtype; "auto" is as stored, but float32 for halves on a CPU.
     """
     device = usable_device(device)

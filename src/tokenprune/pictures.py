@@ -66,7 +66,7 @@ def read_picture(source: Source, name: str | None = None) -> Image.Image:
 
     Args:
         source: a file or a picture.
-        name: of it, for errors; by default the file's.
+        name: name of the picture, for errors; by default the file's.
 
     Raises:
         PictureError: no such file, no picture, damage, or numbers without a sure meaning.

@@ -154,8 +154,8 @@ class Plan:
         Costs memory for kept x tokens numbers and a host sync; `group` costs neither.
 
         Args:
-            anchors: as in `Plan`.
-            mask: as in `Plan`.
+            anchors: anchors as in `Plan`.
+            mask: mask as in `Plan`.
             weights: `(batch, kept, tokens)` float32, share of each slot in each kept token.
 
         >>> weights = torch.tensor([[[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]])

@@ -132,8 +132,9 @@ class Record:
         """Note the visual tokens of the rows of a call (but see `same_call`), and show it.
 
         Args:
-            before: of each row as the vision tower made it.
-            after: of each row from an LLM layer on, by layer, ascending; 0 is the LLM's input.
+            before: number of tokens of each row as the vision tower made it.
+            after: number of tokens of each row from an LLM layer on, by layer, ascending; 0 is the
+                LLM's input.
             origins: what each row shows; of several rows of one picture, tokens are added up.
         """
         mine = self._local

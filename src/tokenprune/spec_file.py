@@ -24,7 +24,7 @@ def save_pretrained(folder: str | os.PathLike[str], *stages: Stage | str) -> Pat
     Recipes are written out, so that the file keeps its meaning if a recipe's defaults change.
 
     Args:
-        folder: of the checkpoint; made where it does not exist.
+        folder: folder of the checkpoint; made where it does not exist.
         stages: specs, or stages that can be written as one.
 
     Returns:

@@ -56,10 +56,10 @@ class Trial:
     """Tiny random model of one class, and how models of the class are run by hand.
 
     Attributes:
-        name: of the class, and of what it is made of where that matters.
+        name: name of the class, and of what it is made of where that matters.
         module: top module of the library that brings the class; nothing is tried without it.
-        build: makes the tiny model, the same every time, in eval mode. Its weights must be so
-            peaked that keeping other tokens moves logits by more than 1.
+        build: function that makes the tiny model, the same every time, in eval mode. Its weights
+            must be so peaked that keeping other tokens moves logits by more than 1.
         questions: prompts for a model of the class: the tiny one, or a checkpoint of a user.
     """
 

@@ -24,7 +24,7 @@ class Stage:
 
     Attributes:
         name: names the files of the stage.
-        steps: of optimisation.
+        steps: number of steps of optimisation.
         batch: pictures a step.
         rate: the highest learning rate.
         warmup: steps of warm-up.
@@ -60,7 +60,7 @@ class Log:
     """Log of what training took and how it went.
 
     Attributes:
-        seconds: of CPU time.
+        seconds: number of seconds of CPU time.
         curve: (step, loss, accuracy), running means, every 50 steps.
     """
 

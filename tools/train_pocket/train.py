@@ -51,7 +51,7 @@ def run(out: Path, seed: int, recipe: Recipe, every: float = 60.0) -> None:
 
     Args:
         out: a folder, new or of a run that was interrupted.
-        seed: of the weights and of all pictures.
+        seed: seed of the weights and of all pictures.
         recipe: how much to train.
         every: seconds between two savings of the progress.
     """

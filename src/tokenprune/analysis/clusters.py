@@ -74,8 +74,8 @@ def outline(pen: ImageDraw.ImageDraw, slots: Slots, grid: Grid, patch: int) -> N
     Lines lie on merged and on discarded patches, never on one that was kept as it is.
 
     Args:
-        pen: of the picture.
-        slots: of the crop.
+        pen: pen of the picture.
+        slots: slots of the crop.
         grid: patches in height and width.
         patch: pixels a side of a patch.
     """

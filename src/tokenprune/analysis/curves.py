@@ -34,7 +34,7 @@ class Curve:
         scorer: the spec of the scores that are compared; empty for a share, which needs none.
         measure: what was measured.
         queries: whose attention the LLM's is.
-        keep: of an overlap: how many tokens stay, a count or a fraction; else None.
+        keep: budget of an overlap: number of tokens that stay, a count or a fraction; else None.
         layers: over questions, one for each layer, the first that runs first.
         mean: over questions, of their mean over layers.
     """
@@ -54,13 +54,13 @@ class Consistency:
     Attributes:
         model: its name or folder.
         data: name, and numbers of questions and pictures.
-        device: of the model.
-        dtype: of the model.
+        device: device of the model.
+        dtype: dtype of the model.
         tokens: visual tokens of a picture, on average.
         answer: tokens of an answer, on average, its end apart.
         scorers: specs in the order they were given; ``"random"`` is the last.
         keeps: budgets of the overlaps.
-        versions: of tokenprune, torch and transformers.
+        versions: versions of tokenprune, torch and transformers.
         curves: everything that was measured.
     """
 

@@ -47,7 +47,7 @@ class Fate:
                 of one crop in raster order.
             rows: the row of the plan that is the picture; where budgets are per crop, those of its
                 crops in order.
-            crops: of the picture.
+            crops: number of crops of the picture.
             per_crop: number of patches of a crop; None for as many as the plan has slots.
 
         Raises:

@@ -62,12 +62,12 @@ def consistency(
         scorers: scorers, or stages that start with one, as objects or specs; None for [CLS]
             attention ensembled over the last K = 1 to 5 layers.
         keeps: budgets of the overlap; int = count, float = fraction.
-        name: of the model, for the files.
+        name: name of the model, for the files.
         data: name of the data, for the files.
         batch: questions in one `generate`.
         max_new_tokens: longest answer.
-        text: from a question to a prompt; None for the processor's chat template.
-        progress: is told after each batch how many questions were answered.
+        text: function from a question to a prompt; None for the processor's chat template.
+        progress: function that is told after each batch how many questions were answered.
 
     Raises:
         DataError: no samples.

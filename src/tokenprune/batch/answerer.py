@@ -39,7 +39,7 @@ class Answerer:
         prompt: for rows without one. Prompts go through the model's chat template, but as they are
             where they hold the image placeholder.
         max_new_tokens: longest answer; decoding is greedy.
-        device: of the model; "auto" is the GPU where there is one.
+        device: device of the model; "auto" is the GPU where there is one.
         dtype: name of a torch dtype; "auto" is as stored, but float32 for halves on a CPU.
         root: folder that relative names of pictures are relative to.
 

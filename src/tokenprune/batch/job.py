@@ -22,7 +22,7 @@ class Job:
         prune, prompt, max_new_tokens, dtype: as in `Answerer`.
         input: changes when the rows do.
         root: folder that their pictures are relative to: one name in two folders is two pictures.
-        version: of tokenprune.
+        version: version of tokenprune.
     """
 
     model: str

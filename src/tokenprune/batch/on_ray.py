@@ -28,7 +28,8 @@ class OnRay:
     """A model in each of several actors, by `map_batches`; one that dies is started anew.
 
     Attributes:
-        address: of the cluster; "auto" is the one that this machine belongs to, "local" a new one.
+        address: address of the cluster; "auto" is the one that this machine belongs to, "local" a
+            new one.
         workers: actors, or as many as the cluster has CPUs (or GPUs) for.
         batch: rows that a model answers at once.
         block: most rows of a task: what is answered again where an actor dies.

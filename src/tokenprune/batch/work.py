@@ -28,8 +28,8 @@ def answer_all(
     it was when this is called again.
 
     Args:
-        answerer: gives the answers; its `root` must be that of `rows`.
-        rows: to answer.
+        answerer: answerer that gives the answers; its `root` must be that of `rows`.
+        rows: rows to answer.
         output: file to write.
         engine: where answers are computed.
         save_every: answers in a part file, and the most that a kill can lose.

@@ -104,8 +104,8 @@ def enter(
     Args:
         specs: recipes or specs with one budget, which is replaced; or with `{keep}` in its place.
             A schedule of several stages without it is tried as it stands.
-        keeps: budgets.
-        oracle: gives the oracle's scores; None for no oracle.
+        keeps: budgets to try.
+        oracle: scorer that gives the oracle's scores; None for no oracle.
 
     Raises:
         SpecError, UnknownNameError, BudgetError: a spec or budget that cannot be used.

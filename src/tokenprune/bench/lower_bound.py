@@ -9,7 +9,7 @@ def lower_bound(successes: int, trials: int, confidence: float) -> float:
     """The exact (Clopper-Pearson) lower confidence bound of a binomial rate.
 
     Args:
-        successes: of `trials` independent ones.
+        successes: number of successes of `trials` independent ones.
         trials: how many.
         confidence: one-sided, between 0 and 1.
 

@@ -72,10 +72,10 @@ class Bench:
     Attributes:
         model: its name or folder.
         data: name, and numbers of questions and pictures.
-        device: of the model.
-        dtype: of the model.
+        device: device of the model.
+        dtype: dtype of the model.
         batch: questions in one `generate`; times depend on it.
-        versions: of tokenprune, torch and transformers.
+        versions: versions of tokenprune, torch and transformers.
         rows: one for each entrant; the first is vanilla.
         answers: one record for each row and question, for `answers.jsonl`.
     """

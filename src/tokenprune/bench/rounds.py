@@ -36,7 +36,8 @@ class Record:
             processor.
         selector: seconds a question, one for each batch that was timed.
         layers: visual tokens from an LLM layer on, by layer, of all pictures.
-        kv_bytes, kv_bytes_vanilla: of all prompts; 0 where the model was not reduced.
+        kv_bytes, kv_bytes_vanilla: number of bytes of all prompts; 0 where the model was not
+            reduced.
         pictures: how many pictures `layers` adds up; where budgets are per crop, how many crops.
         before: visual tokens of all pictures before any reduction.
         depth: layers of the LLM.
@@ -109,11 +110,12 @@ def ask(
         processor: its processor.
         samples: what to ask.
         entrants: who answers.
-        text: from a question to the prompt with its placeholder.
+        text: function from a question to the prompt with its placeholder.
         batch: questions in one `generate`.
         max_new_tokens: longest answer.
         oracle: the scores of oracle entrants; set to the truth of each batch.
-        progress: is told after each batch of an entrant how many questions were answered.
+        progress: function that is told after each batch of an entrant how many questions were
+            answered.
     """
     records = [Record() for _ in entrants]
     for number, part in enumerate(_batches(samples, batch)):

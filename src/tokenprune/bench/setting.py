@@ -22,7 +22,7 @@ def setting(
     Args:
         model: what was asked.
         samples: what it was asked.
-        name: of the model; empty for its class.
+        name: name of the model; empty for its class.
         data: name of the samples.
     """
     import transformers

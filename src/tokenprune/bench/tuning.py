@@ -41,8 +41,8 @@ class Trial:
     Attributes:
         spec: what was attached.
         agreeing: pictures on all of whose prompts the reply was the unpruned model's.
-        pictures: of how many.
-        milliseconds: of a prompt, median over batches.
+        pictures: number of pictures.
+        milliseconds: number of milliseconds of a prompt, median over batches.
         tokens: visual tokens of a picture, mean over LLM layers.
         bound: lower confidence bound of the share of agreeing pictures; None in the search.
     """
@@ -112,15 +112,15 @@ def tune(
         processor: its processor.
         samples: prompts and pictures; answers are not looked at.
         floor: share of pictures that must agree, below 1.
-        confidence: of the bound.
+        confidence: confidence of the bound.
         specs: methods to try, each with one budget that is varied.
         keeps: budgets to try.
         cost: what "cheap" means: "time" of a prompt on this device, or visual "tokens" over all
             layers, which is the same on every run.
         batch: prompts in one `generate`.
         max_new_tokens: longest reply that is compared.
-        text: from a question to a prompt; None for the processor's chat template.
-        progress: is told how many replies came in.
+        text: function from a question to a prompt; None for the processor's chat template.
+        progress: function that is told how many replies came in.
 
     Raises:
         DataError: too few pictures to show the floor even if all agree; says how many it takes, and

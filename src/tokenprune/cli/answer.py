@@ -32,7 +32,7 @@ def answer(loaded: Loaded, inputs: BatchFeature, spec: str | None, tokens: int) 
 
     Args:
         loaded: the model, not attached.
-        inputs: of one prompt, exactly as the processor made them.
+        inputs: inputs of one prompt, exactly as the processor made them.
         spec: what to attach.
         tokens: longest answer.
 

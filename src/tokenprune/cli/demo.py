@@ -56,7 +56,7 @@ def demo(out: Path, seed: int, runs: int) -> None:
 
     Args:
         out: folder for `picture.png` and `overlay.png`.
-        seed: of the picture, which the model has never seen.
+        seed: seed of the picture, which the model has never seen.
         runs: timed runs; 0 measures nothing.
     """
     pocket = pocket_model()

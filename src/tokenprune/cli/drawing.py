@@ -45,7 +45,7 @@ class Seen:
 
         Args:
             loaded: whose processor made `inputs`.
-            inputs: with `pixel_values` `(1, 3, height, width)`, or of several crops
+            inputs: inputs with `pixel_values` `(1, 3, height, width)`, or of several crops
                 `(1, crops, 3, height, width)` with `image_sizes`.
         """
         pixels, looks = inputs["pixel_values"], loaded.processor.image_processor

@@ -48,7 +48,7 @@ def measure(
 
     Args:
         model: the model, not attached.
-        inputs: of one prompt.
+        inputs: inputs of one prompt.
         specs: what to attach; None is vanilla.
         runs: rounds that count.
     """

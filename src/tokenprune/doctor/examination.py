@@ -75,7 +75,7 @@ def examine_model(model: nn.Module, checkpoint: str = "") -> Examination:
     """Compare a model of your own, as it is; its weights and config stay what they were.
 
     Args:
-        model: of a supported class, in eval mode.
+        model: model of a supported class, in eval mode.
         checkpoint: where it came from, for the report.
 
     Raises:

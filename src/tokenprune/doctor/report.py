@@ -29,7 +29,7 @@ class Comparison:
         tolerance: largest gap that is allowed.
         sensitivity: largest difference that a plan makes which is shifted by one patch.
         reason: one line on what went wrong.
-        traceback: of the error, where there was one.
+        traceback: traceback of the error, where there was one.
     """
 
     model: str
@@ -48,7 +48,7 @@ class Version:
     """Version of a library that was found, beside the tested ones.
 
     Attributes:
-        name: of the distribution.
+        name: name of the distribution.
         found: None where it is not installed.
         tested: range that was tested.
         note: ``"newer than tested"``, ``"older than supported"``, ``"not installed"`` or nothing.
@@ -80,8 +80,8 @@ class Examination:
         device: what the models ran on.
         dtype: what they ran in.
         checkpoint: the one that was compared; empty for tiny random models.
-        versions: of everything in the table of tested versions.
-        comparisons: in the order in which they were made.
+        versions: versions of everything in the table of tested versions.
+        comparisons: comparisons in the order in which they were made.
     """
 
     tokenprune: str

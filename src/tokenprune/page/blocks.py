@@ -38,7 +38,7 @@ def table(caption: str, headings: Sequence[str], rows: Iterable[Html], note: str
 
     Args:
         caption: says what is in it.
-        headings: of the columns; one that ends with "<" is that of words, not of numbers.
+        headings: headings of the columns; one that ends with "<" is that of words, not of numbers.
         rows: made by `row`.
         note: stands below it.
     """

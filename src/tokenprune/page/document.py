@@ -21,7 +21,7 @@ def page_of(folder: Path) -> Html:
     """Everything found in `folder` as one HTML page that needs no other file.
 
     Args:
-        folder: with any of `bench.json`, `analyze.json` and pictures.
+        folder: folder with any of `bench.json`, `analyze.json` and pictures.
 
     Raises:
         PageError: there is none of them, or one cannot be read.

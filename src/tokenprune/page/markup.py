@@ -18,7 +18,7 @@ def tag(name: str, *content: str, **attributes: str | int | None) -> Html:
     """An element. Strings are escaped, `Html` is taken as it is.
 
     Args:
-        name: of the element.
+        name: name of the element.
         content: what is in it.
         attributes: underscores stand for hyphens, one at the end is dropped (`class_`); None leaves
             an attribute out.

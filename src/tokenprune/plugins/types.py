@@ -60,7 +60,7 @@ class TowerPlugin(Plugin):
     """Offers an adapter for vision towers.
 
     Attributes:
-        factory: makes the adapter; may import what it needs.
+        factory: function that makes the adapter; may import what it needs.
         claims: full names of classes, matched against the MRO of a tower, nearest class first.
     """
 
@@ -77,10 +77,10 @@ class ModelPlugin(Plugin):
     """Offers an adapter for whole models.
 
     Attributes:
-        factory: makes the adapter; may import what it needs.
+        factory: function that makes the adapter; may import what it needs.
         claims: full names of classes, matched against the MRO of a model, nearest class first.
-        trials: makes tiny models for `tokenprune doctor`; must import no model library itself.
-            All of them can question any model that is claimed.
+        trials: function that makes tiny models for `tokenprune doctor`; must import no model
+            library itself. All of them can question any model that is claimed.
     """
 
     factory: Callable[[], ModelAdapter]

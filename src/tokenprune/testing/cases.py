@@ -94,9 +94,11 @@ class TowerCase:
 
     Attributes:
         name: for test ids.
-        build: makes the tower, the same every time, in eval mode, with weights that make its
+        build: function that makes the tower, the same every time, in eval mode, with weights that
+            make its
             attention peaked: near-uniform rows let most faults through.
-        inputs: makes keyword arguments of the tower's forward, for three pictures or more.
+        inputs: function that makes keyword arguments of the tower's forward, for three pictures or
+            more.
         signals: requests to observe.
         feature_layer: the block whose output is the features.
         adapter: name of the tower adapter, where several claim the class.
@@ -175,12 +177,13 @@ class ModelCase:
 
     Attributes:
         name: for test ids.
-        build: makes the model, the same every time, in eval mode, with weights that make attention
+        build: function that makes the model, the same every time, in eval mode, with weights that
+            make attention
             peaked and logits large: with the usual initialisation most faults are invisible.
-        prompts: makes at least three prompts of different lengths: one image, two images and text
-            only, which must be longer than the one with an image. With a batch of one, or without
-            padding, most faults are invisible too.
-        collate: makes left-padded keyword arguments of forward from prompts.
+        prompts: function that makes at least three prompts of different lengths: one image, two
+            images and text only, which must be longer than the one with an image. With a batch of
+            one, or without padding, most faults are invisible too.
+        collate: function that makes left-padded keyword arguments of forward from prompts.
         placements: where the adapter says that it can act; a tuple is several stages at once.
         unsupported: placements that it must refuse; one that no model can serve is always tried.
         scorer: what ranks; its choice must not depend on the text.

@@ -88,7 +88,7 @@ def visual_tokens(
         min_batch: fewest rows.
         max_batch: most rows.
         max_tokens: most real tokens of a row; the fewest is 1.
-        dtypes: of the features.
+        dtypes: dtypes of the features.
         padding: whether rows may be padded: left, right, or in between.
         protected: whether tokens may be protected.
         sizes: whether tokens may stand for more than one.
@@ -182,8 +182,8 @@ def register_signal(kind: type[Signal], strategy: SignalStrategy) -> None:
 
     Args:
         kind: the class; its subclasses are drawn alike.
-        strategy: from a signal and the visual tokens to a hypothesis strategy of tensors with the
-            axes of the signal. `real_numbers` and `attention_rows` are two to start from.
+        strategy: function from a signal and the visual tokens to a hypothesis strategy of tensors
+            with the axes of the signal. `real_numbers` and `attention_rows` are two to start from.
     """
     _registered[kind] = strategy
 
@@ -282,7 +282,7 @@ def inputs_for(
         draw: given by hypothesis.
         step: a scorer, a reducer or a whole strategy.
         min_batch: fewest rows.
-        dtypes: of the features.
+        dtypes: dtypes of the features.
         infinite: whether scores may be infinite.
     """
     tokens = draw(visual_tokens(min_batch=min_batch, dtypes=dtypes))

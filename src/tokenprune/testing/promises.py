@@ -25,7 +25,7 @@ class Check:
 
     Attributes:
         number: such as "S3".
-        name: of the function, such as "check_s3_row_ignores_its_batch_mates".
+        name: name of the function, such as "check_s3_row_ignores_its_batch_mates".
         states: the promise in a sentence.
         subject: the class of cases to which it applies.
     """

@@ -212,7 +212,7 @@ class Output:
     """Output of a module of transformers. Fields are read here, and replaced in a copy.
 
     Args:
-        raw: as the module returned it.
+        raw: output as the module returned it.
 
     Raises:
         UnsupportedError: it is a plain tuple, whose fields have no names.

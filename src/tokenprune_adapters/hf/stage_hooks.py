@@ -121,7 +121,7 @@ class FindImages(NotCopyable):
 
     Args:
         core: the model without its head.
-        images: makes `Images` from the token ids and a call with images.
+        images: function that makes `Images` from the token ids and a call with images.
     """
 
     def __init__(self, core: nn.Module, images: Callable[[Tensor, Call], Images]) -> None:

@@ -108,7 +108,8 @@ class _Beside:
 
     Attributes:
         left: what reducing the patches has left.
-        shape: of the kept patches, which come after all [CLS]; None: frames as they were.
+        shape: number of images and tokens of the kept patches, which come after all [CLS]; None:
+            frames as they were.
     """
 
     left: object

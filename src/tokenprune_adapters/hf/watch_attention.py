@@ -35,7 +35,7 @@ class _Pictures:
     """Pictures of a batch of prompts, and their slots.
 
     Attributes:
-        batch: prompts.
+        batch: number of prompts.
         row: `(images,)` int64, the prompt that each image is in.
         column: `(images, tokens)` int64, the key that each visual token is, counted from the start.
     """

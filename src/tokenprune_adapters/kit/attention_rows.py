@@ -34,8 +34,8 @@ def products(query: Tensor, keys: Tensor) -> Tensor:
     """Scaled products, `(batch, heads, queries, tokens)` float32, of which `attention` is softmax.
 
     Args:
-        query: as for `attention`.
-        keys: as for `attention`.
+        query: queries as for `attention`.
+        keys: keys as for `attention`.
     """
     if keys.shape[1] != query.shape[1]:
         keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
@@ -79,7 +79,7 @@ def attention_margins(query: Tensor, keys: Tensor, prefix: int) -> tuple[Tensor,
 
     Args:
         query: `(batch, heads, prefix + tokens, channels)`.
-        keys: as for `attention`.
+        keys: keys as for `attention`.
         prefix: tokens before the patches, which count in the softmax alone.
 
     Returns:

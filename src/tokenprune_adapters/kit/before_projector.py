@@ -43,8 +43,8 @@ class ReduceBeforeProjector(NotCopyable):
         strategy: strategy for the tokens of each image; None keeps them all.
         observation: latest pass of the tower.
         record: where to note what was done.
-        later: takes projected features and what is known of the images, for stages inside the
-            language model, which then count the tokens; or None.
+        later: function that takes projected features and what is known of the images, for stages
+            inside the language model, which then count the tokens; or None.
         arrange: how tokens of crops form rows that share a budget; None where a crop is a row.
     """
 

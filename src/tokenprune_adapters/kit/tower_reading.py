@@ -76,8 +76,8 @@ class TowerReading(NotCopyable):
         """Publish the pass, which is complete.
 
         Args:
-            whole: makes answers of all heads from those that this process computed, where it did
-                not compute all; None where it did.
+            whole: function that makes answers of all heads from those that this process computed,
+                where it did not compute all; None where it did.
         """
         scratch = self.observation.scratch
         features = scratch["features"]
@@ -90,7 +90,7 @@ def layers_of(signal: Signal, feature_layer: int, count: int) -> tuple[int, ...]
     """Absolute numbers of the blocks that `signal` asks about; none where it asks about no block.
 
     Args:
-        signal: of a vision tower.
+        signal: signal of a vision tower.
         feature_layer: absolute number of the block whose output is the features.
         count: number of blocks.
     """
@@ -118,8 +118,8 @@ def read_block(
         query: `(batch, heads, queries, channels)`, [CLS] first where its row is wanted.
         keys: `(batch, heads, prefix + tokens, channels)`.
         prefix: number of tokens before the patches.
-        whole: makes `(batch, all heads, tokens)` of the same with the heads of this process; None
-            where it has all.
+        whole: function that makes `(batch, all heads, tokens)` of the same with the heads of this
+            process; None where it has all.
     """
     if Keys in kinds:
         scratch[Keys, number] = keys[:, :, prefix:]

@@ -19,7 +19,8 @@ class Account:
         images: pictures (or videos) that were reduced.
         layers: visual tokens from an LLM layer on, by layer, of all pictures.
         cached: those of them whose prompts were cached; only of these a report has KV bytes.
-        kv_bytes, kv_bytes_vanilla: of the caches after the prefills of these prompts.
+        kv_bytes, kv_bytes_vanilla: number of bytes of the caches after the prefills of these
+            prompts.
         latest: the report after the latest prompt.
     """
 

@@ -49,11 +49,11 @@ class Pruned:
         """Load the model as the class after this one does, and attach.
 
         Args:
-            args: of that class.
+            args: positional arguments of that class.
             prune: the spec, e.g. ``vtc-cls(keep=128)``; several stages with ";" between them.
             report: file to write the report to, as JSON; processes other than the first add their
                 number to its name.
-            kwargs: of that class.
+            kwargs: keyword arguments of that class.
         """
         with fatal(f"setting up prune={prune!r}"):
             stages = _stages(prune)  # before minutes of loading

@@ -34,7 +34,7 @@ class Vit:
     """Parts of a vision transformer (ViT), whichever library wrote it.
 
     Attributes:
-        name: of its class, for messages.
+        name: name of its class, for messages.
         blocks: the layers, each with an `attn` that gets the normalised tokens.
         prefix: tokens before the patches ([CLS], registers).
         has_cls: whether the first of them is [CLS].

@@ -50,7 +50,7 @@ def load(
     """The trained model, ready to answer, and its processor; nothing is downloaded.
 
     Args:
-        dtype: of the weights; None for float32.
+        dtype: dtype of the weights; None for float32.
 
     Raises:
         MissingExtraError: transformers is not installed.

@@ -90,7 +90,7 @@ class Sign:
 
     Attributes:
         text: two numerals, e.g. "46".
-        box: of the plate.
+        box: box of the plate.
         digits: a square for each numeral.
     """
 
@@ -110,7 +110,7 @@ class Scene:
         objects: the two to four coloured objects, of distinct kinds.
         sign: a plate with digits; every other picture has one.
         clutter: two or more gray things, all of one kind.
-        texture: of the background, a name of `TEXTURES`.
+        texture: texture of the background, a name of `TEXTURES`.
     """
 
     seed: int

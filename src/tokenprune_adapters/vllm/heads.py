@@ -22,7 +22,7 @@ def gather_heads(found: dict[Signal, Tensor], gather: Gather) -> dict[Signal, Te
     """Answers to signals with all heads, from those with the heads of this process.
 
     Args:
-        found: with the axis `heads` where a signal has one.
+        found: answers with the axis `heads` where a signal has one.
         gather: joins tensors of all processes.
     """
     whole: dict[Signal, Tensor] = {}

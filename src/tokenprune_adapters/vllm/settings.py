@@ -127,7 +127,7 @@ class Served:
         """`(counts[i], channels)`, what is left of each picture.
 
         Args:
-            tokens: of some pictures, a row each.
+            tokens: visual tokens of some pictures, a row each.
             signals: what the strategy reads.
             counts: what `count` said of each picture.
 

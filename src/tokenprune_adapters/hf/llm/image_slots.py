@@ -45,7 +45,7 @@ class Images:
         image: `(batch, slots)` int64, the image of each slot, counted over the whole batch; -1 is
             text.
         patch: `(batch, slots)` int64, which patch of its image a slot is; -1 is none.
-        slots: of each image in the prompt as the processor made it.
+        slots: number of slots of each image in the prompt as the processor made it.
         tokens: visual tokens of each image: slots with a patch.
         prints: `(images,)` int64, one number per image from its features.
         row: `(images,)` int64, the prompt that each image is in.
@@ -78,7 +78,7 @@ class Images:
         """From `(batch, slots)` bool placeholders and what they hold.
 
         Args:
-            placeholders: of all images, in order.
+            placeholders: bool mask of the slots of all images, in order.
             patches: for each image `(slots,)` int64 on the CPU: the patch that each slot is, or
                 -1.
             origins: what each image is; a picture, if nothing is said.
@@ -166,7 +166,7 @@ class Seats:
     Attributes:
         index: `(images, tokens)` int64 into `batch * slots`.
         mask: `(images, tokens)` bool, False where an image has fewer tokens.
-        batch: prompts.
+        batch: number of prompts.
         slots: per prompt.
     """
 

@@ -29,7 +29,7 @@ class _Image:
     """Signals that are known of one image.
 
     Attributes:
-        signals: of the patches that are left, without an axis of images.
+        signals: signals of the patches that are left, without an axis of images.
         patches: `(slots,)` what its slots hold, see `Images.of`; None: in order.
         times: how often it was among the images that it came with.
     """
@@ -55,7 +55,7 @@ class SignalCache(NotCopyable):
     batch in a call each.
 
     Args:
-        dtype: of the language model's embeddings, into which features are cast.
+        dtype: dtype of the language model's embeddings, into which features are cast.
         capacity: images remembered of each thread, if two calls don't bring more.
     """
 
@@ -75,7 +75,7 @@ class SignalCache(NotCopyable):
 
         Args:
             features: projected, `(images, slots, channels)` or `(slots, channels)` of each.
-            signals: of the patches that are left.
+            signals: signals of the patches that are left.
             patches: what the slots of each image hold, see `Images.of`, where that differs.
         """
         prints = self._prints(features)

@@ -27,9 +27,9 @@ def see(tower: Any, pixels: Tensor, config: Any) -> tuple[Tensor, Tensor, Tensor
     """What a vision tower makes of pictures.
 
     Args:
-        tower: vanilla.
+        tower: vanilla tower.
         pixels: `(pictures, 3, side, side)`.
-        config: of the model, which says which hidden states are the features.
+        config: config of the model, which says which hidden states are the features.
 
     Returns:
         `(pictures, prefix, channels)` features of [CLS], `(pictures, patches, channels)` features,

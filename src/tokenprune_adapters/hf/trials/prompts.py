@@ -32,7 +32,7 @@ class Pictures(ABC):
     """Three pictures for a model, as a processor would hand them over, and encoded by hand.
 
     Args:
-        model: vanilla.
+        model: vanilla model.
 
     Attributes:
         scorer: spec of what the scores of the parts are, once a tower has seen them.
