@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,56 +12,51 @@ from ..analysis.layers import consistency
 from ..analysis.noted_scores import scorer_of
 from ..analysis.plots import plot
 from ..bench.scoring import Mean
-from .bench import budgets, longest, model_named, questions, together
+from .bench import budgets, longest, model_named, samples_of, together
 from .console import console, table
 
 
-@dataclass(frozen=True)
-class Request:
-    """Request that was typed: the options of `tokenprune analyze`, in their order."""
-
-    model: str
-    data: Path | None
-    prune: tuple[str, ...]
-    keep: str
-    questions: int | None
-    out: Path
-    batch: int | None
-    max_new_tokens: int | None
-    device: str
-    dtype: str
-
-
-def run_analyze(request: Request) -> Consistency:
+def run_analyze(
+    model: str,
+    data: Path | None,
+    prune: tuple[str, ...],
+    keep: str,
+    questions: int | None,
+    out: Path,
+    batch: int | None,
+    max_new_tokens: int | None,
+    device: str,
+    dtype: str,
+) -> Consistency:
     """Ask, compare, show a table, and write `analyze.json` and plots."""
-    for spec in request.prune:
+    for spec in prune:
         scorer_of(spec)  # what cannot work is said before gigabytes are loaded
-    keeps = budgets(request.keep)
-    samples = questions(request.model, request.data, full=False, count=request.questions)
-    loaded = model_named(request.model, request.device, request.dtype)
-    out = console()
+    keeps = budgets(keep)
+    samples = samples_of(model, data, full=False, count=questions)
+    loaded = model_named(model, device, dtype)
+    screen = console()
     columns = (TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=out, transient=True) as bars:
+    with Progress(*columns, console=screen, transient=True) as bars:
         bar = bars.add_task("asking", total=len(samples))
         result = consistency(
             loaded.model,
             loaded.processor,
             samples,
-            request.prune or None,
+            prune or None,
             keeps,
-            name=request.model,
-            data=str(request.data or "Pocket-VQA"),
-            batch=together(request.model, request.batch),
-            max_new_tokens=longest(request.model, request.max_new_tokens),
+            name=model,
+            data=str(data or "Pocket-VQA"),
+            batch=together(model, batch),
+            max_new_tokens=longest(model, max_new_tokens),
             progress=lambda done: bars.advance(bar, done),
         )
-    result.write(request.out)
-    plots = plot(result, request.out)
+    result.write(out)
+    plots = plot(result, out)
     for queries, heading in HEADINGS.items():
-        out.print(_table(result, queries, heading), "")
-    out.print(_explained(result), style="dim")
+        screen.print(_table(result, queries, heading), "")
+    screen.print(_explained(result), style="dim")
     names = ", ".join(["analyze.json", *(path.name for path in plots)])
-    out.print(f"wrote {names} in {request.out}", markup=False, soft_wrap=True)
+    screen.print(f"wrote {names} in {out}", markup=False, soft_wrap=True)
     return result
 
 

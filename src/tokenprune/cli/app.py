@@ -79,9 +79,9 @@ def run_command(
     dtype: DType = "auto",
 ) -> None:
     """Ask a model about a picture, with and without compression."""
-    from .run import Request, run
+    from .run import run
 
-    run(Request(model, image, prompt, prune, compare, overlay, max_new_tokens, runs, device, dtype))
+    run(model, image, prompt, prune, compare, overlay, max_new_tokens, runs, device, dtype)
 
 
 @app.command("batch")
@@ -110,13 +110,11 @@ def batch_command(
     dtype: DType = "auto",
 ) -> None:
     """Ask a model about many pictures; started again, it goes on where it was left."""
-    from .batch import Request, run
+    from .batch import run
 
     run(
-        Request(
-            *(model, input, output, prune, prompt, batch_size, save_every, workers, ray),
-            *(max_new_tokens, device, dtype),
-        )
+        *(model, input, output, prune, prompt, batch_size, save_every, workers, ray),
+        *(max_new_tokens, device, dtype),
     )
 
 
@@ -147,9 +145,9 @@ def doctor_command(
     dtype: DType = "auto",
 ) -> None:
     """Compare every supported model, compressed, with vanilla runs; exits with 1 if they differ."""
-    from .doctor import Request, run_doctor
+    from .doctor import run_doctor
 
-    run_doctor(Request(model, json, device, dtype))
+    run_doctor(model, json, device, dtype)
 
 
 @app.command("picture")
@@ -179,13 +177,11 @@ def picture_command(
     dtype: DType = "auto",
 ) -> None:
     """Draw what methods keep and merge of a picture, side by side."""
-    from .picture import Request, run_picture
+    from .picture import run_picture
 
     run_picture(
-        Request(
-            *(model, image, prompt, tuple(prune or ()), out, heat, seed, size, columns),
-            *(max_new_tokens, device, dtype),
-        )
+        *(model, image, prompt, tuple(prune or ()), out, heat, seed, size, columns),
+        *(max_new_tokens, device, dtype),
     )
 
 
@@ -213,13 +209,11 @@ def bench_command(
     dtype: DType = "auto",
 ) -> None:
     """Measure methods at several budgets, beside honest floors and controls."""
-    from .bench import Request, run_bench
+    from .bench import run_bench
 
     run_bench(
-        Request(
-            *(model, data, tuple(prune or ()), keep, questions, full, out),
-            *(batch, max_new_tokens, device, dtype),
-        )
+        *(model, data, tuple(prune or ()), keep, questions, full, out),
+        *(batch, max_new_tokens, device, dtype),
     )
 
 
@@ -246,13 +240,11 @@ def tune_command(
     dtype: DType = "auto",
 ) -> None:
     """Find the cheapest spec that answers your prompts as the unpruned model does."""
-    from .tune import Request, run_tune
+    from .tune import run_tune
 
     run_tune(
-        Request(
-            *(model, data, floor, confidence, tuple(prune or ()), keep, cost),
-            *(batch, max_new_tokens, device, dtype),
-        )
+        *(model, data, floor, confidence, tuple(prune or ()), keep, cost),
+        *(batch, max_new_tokens, device, dtype),
     )
 
 
@@ -277,13 +269,11 @@ def analyze_command(
     dtype: DType = "auto",
 ) -> None:
     """Compare scores with what the LLM attends to, layer by layer."""
-    from .analyze import Request, run_analyze
+    from .analyze import run_analyze
 
     run_analyze(
-        Request(
-            *(model, data, tuple(prune or ()), keep, questions, out),
-            *(batch, max_new_tokens, device, dtype),
-        )
+        *(model, data, tuple(prune or ()), keep, questions, out),
+        *(batch, max_new_tokens, device, dtype),
     )
 
 

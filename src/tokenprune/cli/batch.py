@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,25 +21,20 @@ SHOWN = 10
 COUNTED = ("tokens_before", "tokens_after")
 
 
-@dataclass(frozen=True)
-class Request:
-    """Request that was typed: the options of `tokenprune batch`, in their order."""
-
-    model: str
-    input: Path
-    output: Path
-    prune: str | None
-    prompt: str | None
-    batch_size: int
-    save_every: int
-    workers: int
-    ray: str | None
-    max_new_tokens: int
-    device: str
-    dtype: str
-
-
-def run(request: Request) -> None:
+def run(
+    model: str,
+    input: Path,
+    output: Path,
+    prune: str | None,
+    prompt: str | None,
+    batch_size: int,
+    save_every: int,
+    workers: int,
+    ray: str | None,
+    max_new_tokens: int,
+    device: str,
+    dtype: str,
+) -> None:
     """Answer every row, or go on where it was left; then say what came out."""
     try:
         import pyarrow  # noqa: F401
@@ -52,15 +46,15 @@ def run(request: Request) -> None:
     from tokenprune.batch.rows import read_rows
     from tokenprune.batch.work import answer_all
 
-    output = _output(request)
-    rows = read_rows(request.input, request.prompt)
+    output = _output(input, output)
+    rows = read_rows(input, prompt)
     answerer = Answerer(
-        _checkpoint(request.model),
-        request.prune,
-        request.prompt,
-        request.max_new_tokens,
-        request.device,
-        request.dtype,
+        _checkpoint(model),
+        prune,
+        prompt,
+        max_new_tokens,
+        device,
+        dtype,
         rows.root,
     )
     out = console()
@@ -71,8 +65,8 @@ def run(request: Request) -> None:
             answerer,
             rows,
             output,
-            _engine(request),
-            save_every=request.save_every,
+            _engine(ray, workers, batch_size, save_every),
+            save_every=save_every,
             progress=lambda done, bad: bar.update(task, completed=done, bad=bad),
         )
     _tell_passed_over(rows.passed_over, out)
@@ -85,26 +79,24 @@ def _checkpoint(model: str) -> str:
     return str(folder.resolve()) if folder.is_dir() else model
 
 
-def _output(request: Request) -> Path:
-    output = request.output.expanduser().resolve()
+def _output(input: Path, given: Path) -> Path:
+    output = given.expanduser().resolve()
     if output.suffix != ".parquet":
         raise CommandError(f"the output is a parquet file; name it .parquet, not {output.name!r}")
-    if request.input.is_dir() and request.input.resolve() in output.parents:
-        raise CommandError(
-            f"{request.output} would be among its own input; write it outside of {request.input}"
-        )
+    if input.is_dir() and input.resolve() in output.parents:
+        raise CommandError(f"{given} would be among its own input; write it outside of {input}")
     return output
 
 
-def _engine(request: Request) -> Engine:
+def _engine(ray: str | None, workers: int, batch_size: int, save_every: int) -> Engine:
     from tokenprune.batch.on_ray import OnRay
     from tokenprune.batch.workers import Here, Processes
 
-    if request.ray is not None:
-        return OnRay(request.ray, request.workers, request.batch_size, request.save_every)
-    if request.workers > 1:
-        return Processes(request.workers, request.batch_size)
-    return Here(request.batch_size)
+    if ray is not None:
+        return OnRay(ray, workers, batch_size, save_every)
+    if workers > 1:
+        return Processes(workers, batch_size)
+    return Here(batch_size)
 
 
 def _bar(out: Console) -> Progress:

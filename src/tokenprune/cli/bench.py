@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.markup import escape
@@ -22,33 +21,28 @@ DEFAULT = ("vtc-cls", "tome")
 KEEPS = "1.0,0.5,0.25,0.125,0.06"
 
 
-@dataclass(frozen=True)
-class Request:
-    """Request that was typed: the options of `tokenprune bench`, in their order."""
-
-    model: str
-    data: Path | None
-    prune: tuple[str, ...]
-    keep: str
-    questions: int | None
-    full: bool
-    out: Path
-    batch: int | None
-    max_new_tokens: int | None
-    device: str
-    dtype: str
-
-
-def run_bench(request: Request) -> Bench:
+def run_bench(
+    model: str,
+    data: Path | None,
+    prune: tuple[str, ...],
+    keep: str,
+    questions: int | None,
+    full: bool,
+    out: Path,
+    batch: int | None,
+    max_new_tokens: int | None,
+    device: str,
+    dtype: str,
+) -> Bench:
     """Ask, show tables, and write `bench.json`, `answers.jsonl` and plots."""
-    specs = request.prune or DEFAULT
-    keeps = budgets(request.keep)
+    specs = prune or DEFAULT
+    keeps = budgets(keep)
     enter(specs, keeps)  # what cannot work is said before gigabytes are loaded
-    samples = questions(request.model, request.data, request.full, request.questions)
-    loaded = model_named(request.model, request.device, request.dtype)
-    out = console()
+    samples = samples_of(model, data, full, questions)
+    loaded = model_named(model, device, dtype)
+    screen = console()
     columns = (TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=out, transient=True) as bars:
+    with Progress(*columns, console=screen, transient=True) as bars:
         bar = bars.add_task("asking", total=None)
         result = bench(
             loaded.model,
@@ -56,20 +50,20 @@ def run_bench(request: Request) -> Bench:
             samples,
             specs,
             keeps,
-            name=request.model,
-            data=str(request.data or "Pocket-VQA"),
-            batch=together(request.model, request.batch),
-            max_new_tokens=longest(request.model, request.max_new_tokens),
+            name=model,
+            data=str(data or "Pocket-VQA"),
+            batch=together(model, batch),
+            max_new_tokens=longest(model, max_new_tokens),
             progress=lambda done, all_of_them: bars.update(bar, completed=done, total=all_of_them),
         )
-    result.write(request.out)
-    plots = plot(result, request.out)
-    out.print(_accuracy(result), "")
-    out.print(_types(result), "")
-    out.print(_costs(result), "")
-    out.print(explained(result), style="dim")
+    result.write(out)
+    plots = plot(result, out)
+    screen.print(_accuracy(result), "")
+    screen.print(_types(result), "")
+    screen.print(_costs(result), "")
+    screen.print(explained(result), style="dim")
     names = ", ".join(["bench.json", "answers.jsonl", *(path.name for path in plots)])
-    out.print(f"wrote {names} in {request.out}", markup=False, soft_wrap=True)
+    screen.print(f"wrote {names} in {out}", markup=False, soft_wrap=True)
     return result
 
 
@@ -83,7 +77,7 @@ def budgets(text: str) -> list[int | float]:
         ) from None
 
 
-def questions(model: str, data: Path | None, full: bool, count: int | None) -> list[Sample]:
+def samples_of(model: str, data: Path | None, full: bool, count: int | None) -> list[Sample]:
     """What to ask: the data that was named, or Pocket-VQA for the pocket model."""
     if data is not None:
         samples = read(data)

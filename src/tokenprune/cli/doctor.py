@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass
 from importlib.util import find_spec
 
 import typer
@@ -25,22 +24,17 @@ POCKET = "pocket"
 COLORS = {"ok": "green", "failed": "red", "refused": "red", "unclear": "yellow"}
 
 
-@dataclass(frozen=True)
-class Request:
-    """Request that was typed: the options of `tokenprune doctor`, in their order."""
-
-    model: str | None
-    json: bool
-    device: str
-    dtype: str
-
-
-def run_doctor(request: Request) -> None:
+def run_doctor(
+    model: str | None,
+    as_json: bool,
+    device: str,
+    dtype: str,
+) -> None:
     """Compare, show what came out, and exit with 1 if anything failed."""
     # What models and plugins print stands beside the JSON, not in it.
-    with redirect_stdout(sys.stderr) if request.json else nullcontext():
-        found = _examined(request, console())
-    if request.json:
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        found = _examined(model, as_json, device, dtype, console())
+    if as_json:
         typer.echo(json.dumps(jsonable(found.as_dict()), indent=2, allow_nan=False))
     else:
         show(found, console())
@@ -48,13 +42,15 @@ def run_doctor(request: Request) -> None:
         raise typer.Exit(1)
 
 
-def _examined(request: Request, out: Console) -> Examination:
+def _examined(
+    model: str | None, as_json: bool, device: str, dtype: str, out: Console
+) -> Examination:
     if find_spec("transformers") is not None:
         quiet()
-    if request.model is not None:
-        return examine_model(_loaded(request.model, request.device, request.dtype), request.model)
-    device = usable_device(request.device)
-    if request.json:
+    if model is not None:
+        return examine_model(_loaded(model, device, dtype), model)
+    device = usable_device(device)
+    if as_json:
         return examine(device)
     with out.status("comparing") as status:
         return examine(device, progress=lambda name: status.update(f"comparing {name}"))

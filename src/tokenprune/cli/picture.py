@@ -35,24 +35,6 @@ SCORED = ("cls-attention", "received-attention(layers=1)", "similarity", "fastv 
 QUESTION = "Describe this picture."
 
 
-@dataclass(frozen=True)
-class Request:
-    """Request that was typed: the options of `tokenprune picture`, in their order."""
-
-    model: str
-    image: Path | None
-    prompt: str | None
-    prune: tuple[str, ...]
-    out: Path
-    heat: bool
-    seed: int
-    size: int
-    columns: int
-    max_new_tokens: int | None
-    device: str
-    dtype: str
-
-
 @dataclass(frozen=True, eq=False)
 class _Witness(Scorer):
     """Scorer that keeps what it is shown, and finds everything equally important.
@@ -74,57 +56,72 @@ class _Witness(Scorer):
         return torch.zeros(tokens.mask.shape, device=tokens.mask.device)
 
 
-def run_picture(request: Request) -> Image.Image:
+def run_picture(
+    model: str,
+    image: Path | None,
+    prompt: str | None,
+    prune: tuple[str, ...],
+    out: Path,
+    heat: bool,
+    seed: int,
+    size: int,
+    columns: int,
+    max_new_tokens: int | None,
+    device: str,
+    dtype: str,
+) -> Image.Image:
     """Ask once for each method, draw, and write."""
-    check_writable(request.out)
+    check_writable(out)
     schedules: dict[str, tuple[Stage, ...]]
-    if request.heat:
-        schedules = {spec: (scoring(spec),) for spec in request.prune or SCORED}
+    if heat:
+        schedules = {spec: (scoring(spec),) for spec in prune or SCORED}
     else:
-        schedules = {spec: parse_schedule(spec) for spec in request.prune or KEPT}
-    loaded = model_named(request.model, request.device, request.dtype)
-    picture, question, truth = _asked(request)
+        schedules = {spec: parse_schedule(spec) for spec in prune or KEPT}
+    loaded = model_named(model, device, dtype)
+    picture, question, truth = _asked(model, image, prompt, seed)
     inputs = loaded.inputs(picture, loaded.text(question))
     seen = Seen.of(loaded, inputs)
-    scale = seen.scale(request.size)
-    longest_answer = longest(request.model, request.max_new_tokens)
+    scale = seen.scale(size)
+    longest_answer = longest(model, max_new_tokens)
 
     said = {
         spec: answer(loaded, inputs, "; ".join(map(spec_of, stages)), longest_answer)
         for spec, stages in schedules.items()
     }
-    out = console()
+    screen = console()
     unchanged = Panel(seen.plain(scale), "what the model sees")
-    if request.heat:
+    if heat:
         scored = [_scored(seen, spec, said[spec], scale) for spec in schedules]
         rows = {f"Scores; asked: {question}": [unchanged, *scored]}
         by_layer = [_layer(seen, n, *each, scale) for n, each in _layers(loaded, inputs).items()]
         if by_layer:
             rows["[CLS] attention in the vision tower, mean over heads"] = by_layer
         else:
-            out.print("this model has no [CLS] attention: no panels by layer", markup=False)
+            screen.print("this model has no [CLS] attention: no panels by layer", markup=False)
     else:
         vanilla = answer(loaded, inputs, None, longest_answer)
         whole = f"{seen.patches * len(seen.crops)} patches\n{_says(vanilla, truth)}"
         kept = [_kept(seen, spec, said[spec], truth, scale) for spec in schedules]
         rows = {question: [replace(unchanged, caption=whole), *kept]}
-    drawn = stacked([sheet(each, heading, request.columns) for heading, each in rows.items()])
-    write_picture(drawn, request.out, _described(rows))
+    drawn = stacked([sheet(each, heading, columns) for heading, each in rows.items()])
+    write_picture(drawn, out, _described(rows))
     for spec, stages in schedules.items():
-        out.print(f"{spec}: {'; '.join(map(spec_of, stages))}", markup=False, soft_wrap=True)
-    out.print(f"wrote {request.out}", markup=False, soft_wrap=True)
+        screen.print(f"{spec}: {'; '.join(map(spec_of, stages))}", markup=False, soft_wrap=True)
+    screen.print(f"wrote {out}", markup=False, soft_wrap=True)
     return drawn
 
 
-def _asked(request: Request) -> tuple[Image.Image, str, str | None]:
+def _asked(
+    model: str, image: Path | None, prompt: str | None, seed: int
+) -> tuple[Image.Image, str, str | None]:
     """The picture, what to ask about it, and the answer where it is known."""
-    if request.image is not None:
-        return read_picture(request.image), request.prompt or QUESTION, None
+    if image is not None:
+        return read_picture(image), prompt or QUESTION, None
     pocket = pocket_model()
-    scene = pocket.draw(request.seed)
-    if request.prompt is not None:
-        return scene.picture, request.prompt, None
-    if request.model != POCKET:
+    scene = pocket.draw(seed)
+    if prompt is not None:
+        return scene.picture, prompt, None
+    if model != POCKET:
         return scene.picture, QUESTION, None
     question = pocket.questions(scene)[0]
     return scene.picture, question.text, question.answer

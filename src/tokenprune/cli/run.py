@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
@@ -22,51 +21,46 @@ SIDE = 384
 """Pixels that the shorter side of an overlay has at least."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """Request that was typed: the options of `tokenprune run`, in their order."""
-
-    model: str
-    image: Path
-    prompt: str
-    prune: str
-    compare: bool
-    overlay: Path | None
-    max_new_tokens: int
-    runs: int
-    device: str
-    dtype: str
-
-
-def run(request: Request) -> None:
+def run(
+    model: str,
+    image: Path,
+    prompt: str,
+    prune: str,
+    compare: bool,
+    overlay: Path | None,
+    max_new_tokens: int,
+    runs: int,
+    device: str,
+    dtype: str,
+) -> None:
     """Answer, compare, draw."""
     # What cannot work is cheap to find out before gigabytes are loaded.
-    stages = parse_schedule(request.prune)
-    if request.overlay is not None:
-        check_writable(request.overlay)
+    stages = parse_schedule(prune)
+    if overlay is not None:
+        check_writable(overlay)
         if len(stages) > 1:
             raise CommandError(f"an overlay shows one stage, the spec has {len(stages)}")
     spec = "; ".join(map(spec_of, stages))
-    picture = read_picture(request.image)
-    loaded = load(request.model, request.device, request.dtype)
-    inputs = loaded.inputs(picture, loaded.text(request.prompt))
+    picture = read_picture(image)
+    loaded = load(model, device, dtype)
+    inputs = loaded.inputs(picture, loaded.text(prompt))
 
-    specs: list[str | None] = [None, spec] if request.compare else [spec]
-    answers = [answer(loaded, inputs, each, request.max_new_tokens) for each in specs]
-    timings = measure(loaded.model, inputs, specs, request.runs) if request.runs else None
+    specs: list[str | None] = [None, spec] if compare else [spec]
+    answers = [answer(loaded, inputs, each, max_new_tokens) for each in specs]
+    timings = measure(loaded.model, inputs, specs, runs) if runs else None
 
-    out = console()
-    out.print(f"{type(loaded.model).__name__}  {request.model}", markup=False, soft_wrap=True)
-    out.print(f"compressed by  {spec}\n", markup=False, soft_wrap=True)
-    out.print(_table(answers, timings), "")
+    screen = console()
+    screen.print(f"{type(loaded.model).__name__}  {model}", markup=False, soft_wrap=True)
+    screen.print(f"compressed by  {spec}\n", markup=False, soft_wrap=True)
+    screen.print(_table(answers, timings), "")
     if timings:
-        out.print(explained(request.runs), style="dim")
-    if request.overlay is not None:
+        screen.print(explained(runs), style="dim")
+    if overlay is not None:
         reduction = answers[-1].reduction
         assert reduction is not None
         seen = Seen.of(loaded, inputs)
-        write_picture(seen.reduced(reduction, seen.scale(SIDE)), request.overlay)
-        out.print(f"overlay        {request.overlay}", markup=False, soft_wrap=True)
+        write_picture(seen.reduced(reduction, seen.scale(SIDE)), overlay)
+        screen.print(f"overlay        {overlay}", markup=False, soft_wrap=True)
 
 
 def _table(answers: list[Answer], timings: list[Timing] | None) -> Table:

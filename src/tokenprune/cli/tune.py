@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..bench.tuning import CANDIDATES, CONFIRMED, KEEPS, Cost, Trial, Tuned, tune
-from .bench import budgets, longest, model_named, questions
+from .bench import budgets, longest, model_named, samples_of
 from .console import console, milliseconds, table
 from .errors import CommandError
 
 
-@dataclass(frozen=True)
-class Request:
-    """Request that was typed: the options of `tokenprune tune`, in their order."""
-
-    model: str
-    data: Path | None
-    floor: float
-    confidence: float
-    prune: tuple[str, ...]
-    keep: str | None
-    cost: str
-    batch: int
-    max_new_tokens: int | None
-    device: str
-    dtype: str
-
-
-def run_tune(request: Request) -> Tuned:
+def run_tune(
+    model: str,
+    data: Path | None,
+    floor: float,
+    confidence: float,
+    prune: tuple[str, ...],
+    keep: str | None,
+    cost: str,
+    batch: int,
+    max_new_tokens: int | None,
+    device: str,
+    dtype: str,
+) -> Tuned:
     """Search, confirm, and print the spec on the last line."""
-    if request.cost not in get_args(Cost):
-        raise CommandError(f"--cost must be time or tokens, got {request.cost!r}")
-    samples = questions(request.model, request.data, full=True, count=None)
-    loaded = model_named(request.model, request.device, request.dtype)
+    if cost not in get_args(Cost):
+        raise CommandError(f"--cost must be time or tokens, got {cost!r}")
+    samples = samples_of(model, data, full=True, count=None)
+    loaded = model_named(model, device, dtype)
     out = console()
     columns = (SpinnerColumn(), TextColumn("{task.completed} replies"), TimeElapsedColumn())
     with Progress(*columns, console=out, transient=True) as bars:
@@ -45,13 +39,13 @@ def run_tune(request: Request) -> Tuned:
             loaded.model,
             loaded.processor,
             samples,
-            floor=request.floor,
-            confidence=request.confidence,
-            specs=request.prune or CANDIDATES,
-            keeps=KEEPS if request.keep is None else budgets(request.keep),
-            cost="time" if request.cost == "time" else "tokens",
-            batch=request.batch,
-            max_new_tokens=longest(request.model, request.max_new_tokens),
+            floor=floor,
+            confidence=confidence,
+            specs=prune or CANDIDATES,
+            keeps=KEEPS if keep is None else budgets(keep),
+            cost="time" if cost == "time" else "tokens",
+            batch=batch,
+            max_new_tokens=longest(model, max_new_tokens),
             progress=lambda count: bars.advance(bar, count),
         )
     shown = table("search", "agreement", "visual tokens, mean over layers", "a prompt")
