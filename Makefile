@@ -78,6 +78,7 @@ tables: $(READY)  ## write the tables of the documentation, and the versions in 
 
 pictures: $(READY)  ## draw the pictures in the documentation anew
 	$(BIN)/python docs/pictures.py
+	$(BIN)/python docs/rooms.py
 
 # Adapter tests on the ends of what is supported. The table in src/tokenprune/versions.py says which
 # releases. Those of transformers are layers over .venv, so that torch is there once.

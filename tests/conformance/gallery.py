@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from tokenprune_pocketvlm.adapter import PocketAdapter, Reduce, Shorten, VisionAdapter
+from tokenprune_pocketvlm.adapter import PocketAdapter, Shorten, VisionAdapter
 from tokenprune_pocketvlm.testing import cases
 from torch import Tensor, nn
 
@@ -32,6 +32,7 @@ from tokenprune import (
     Signal,
     Signals,
     Stage,
+    Strategy,
     TowerAdapter,
     TowerPlugin,
     VisualTokens,
@@ -689,6 +690,29 @@ def model(number: str, says: str) -> Any:
         return cls
 
     return enter
+
+
+class Reduce:
+    """Hooks on the projector: it projects the kept tokens; the others come out as -inf."""
+
+    def __init__(self, strategy: Strategy, observation: Observation, record: Record) -> None:
+        self.strategy, self.observation, self.record = strategy, observation, record
+
+    def before(self, projector: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        tokens, signals = self.observation.take()
+        with self.record.selecting(tokens.features.device):
+            reduction = self.strategy(tokens, signals)
+        self.record.reduced(reduction, tokens.lengths)
+        features = reduction.tokens.features.view_as(reduction.tokens.features)
+        features.plan = reduction.plan
+        return (features,)
+
+    def after(self, projector: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        plan: Plan = args[0].plan
+        marked = output.new_full((len(output), plan.tokens, output.shape[2]), -torch.inf)
+        rows, columns = plan.mask.nonzero(as_tuple=True)
+        marked[rows, plan.anchors[plan.mask]] = output[rows, columns]
+        return marked
 
 
 class Assembled(PocketAdapter):

@@ -3,7 +3,7 @@
 The hook before the model takes marked (dropped) slots and padding out of the embeddings, masks and
 position ids; the hook after it tells the cache, and puts hidden states back to logical length, so
 that logits, labels, `logits_to_keep` and `generate` need not know. Stages inside the model are the
-business of `inside.py`, whose hooks work on the `Run` that is made here.
+business of `inner_stages.py`, whose hooks work on the `Run` that is made here.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class ShortenPrompts(NotCopyable):
         llm: the language model.
         positions: ``"reindexed"`` counts the kept tokens anew, ``"original"`` leaves gaps.
         record: where KV bytes are noted.
-        starts: layers at which stages inside the model reduce further; see `inside.py`.
+        starts: layers at which stages inside the model reduce further; see `inner_stages.py`.
         to_layers: whether the layers have hooks that want the `Run`.
     """
 
