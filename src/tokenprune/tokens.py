@@ -74,8 +74,13 @@ class VisualTokens:
         sizes: Tensor | None = None,
         protected: Tensor | None = None,
         ids: Tensor | None = None,
+        lengths: tuple[int, ...] | None = None,
     ) -> VisualTokens:
-        """Visual tokens from `(batch, tokens, channels)` features; see the class for the rest."""
+        """Visual tokens from `(batch, tokens, channels)` features; see the class for the rest.
+
+        Whoever has a mask and knows how many tokens are real in each row says so in `lengths`,
+        which saves a host sync.
+        """
         if features.ndim != 3:
             raise ShapeError(
                 f"features must have axes (batch tokens channels), got {tuple(features.shape)}"
@@ -93,7 +98,9 @@ class VisualTokens:
         )
         # What is known without asking the device is noted, so that nobody has to ask.
         if mask is None:
-            tokens.__dict__["lengths"] = (count,) * batch
+            lengths = (count,) * batch
+        if lengths is not None:
+            tokens.__dict__["lengths"] = lengths
         if protected is None:
             tokens.__dict__["protected_lengths"] = (0,) * batch
         return tokens

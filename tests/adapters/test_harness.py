@@ -177,7 +177,7 @@ def test_a_picture_of_which_nothing_is_reduced_ends_the_evaluation() -> None:
 
         def ask(given: dict[str, Any]) -> None:
             call = partial(model.generate, **given, max_new_tokens=1)
-            harnessed._generating(call, {"inputs": None, "kwargs": given})
+            harnessed._generating(call, {"inputs": None, **given})
 
         ask(words)
         with pytest.raises(EvaluationFailedError, match="' reduced nothing of a prompt"):

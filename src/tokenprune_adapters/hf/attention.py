@@ -231,7 +231,9 @@ def _attend(
     view = module.config
     if not isinstance(view, ConfigView):
         raise AttachError(f"attention function {_OURS!r} is for attached models only")
-    readers = [asks for each in view.readers if (asks := each.asks) is not None]
+    # Not in one line: torch.compile cannot trace a name that is bound inside of a comprehension.
+    asking = [each.asks for each in view.readers]
+    readers = [each for each in asking if each is not None]
     if readers:
         call = Call(_KERNEL, (query, key, value, *args), kwargs)
         if call.bias is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokenprune.adapter import TowerAdapter
@@ -15,6 +16,7 @@ from tokenprune.hooks import NotCopyable, Removable
 from tokenprune.plugins import registry
 from tokenprune.spec import shown
 from tokenprune.strategy import Stage
+from tokenprune.untraced import untraced
 
 from ..kit.before_projector import other_layer
 from ..kit.marks import marked
@@ -28,12 +30,19 @@ PRIVATE = "tokenprune_"
 
 
 def hide_marks(core: nn.Module, args: object, output: Any) -> Any:
-    """Callers see the features that entered the language model, without marks."""
+    """Callers see the features that entered the language model, without marks. One sync."""
     return Output(output).show(_without_marks)
 
 
-def _without_marks(features: Tensor) -> Tensor:
-    return features[~marked(features)]
+@untraced
+def _without_marks(features: list[Tensor]) -> list[Tensor]:
+    dropped = [marked(each) for each in features]
+    counts = torch.stack([(~each).sum() for each in dropped]).tolist()
+    # Kept rows first, in their order: how many there are is known, so nothing waits for a shape.
+    return [
+        each.flatten(0, -2).index_select(0, gone.flatten().to(torch.uint8).argsort(stable=True)[:n])
+        for each, gone, n in zip(features, dropped, counts, strict=True)
+    ]
 
 
 def keep_private(parts: Anatomy) -> Iterator[Removable]:

@@ -107,6 +107,11 @@ class Call:
         self.kwargs = kwargs
 
     @property
+    def hooked(self) -> Hooked:
+        """Arguments as a hook before a module returns them."""
+        return self.args, self.kwargs
+
+    @property
     def what(self) -> str:
         """Name of what is called, for messages."""
         return self.signature.what
@@ -249,8 +254,8 @@ class Output:
             named[name] = value
         return with_fields(self.raw, named)
 
-    def show(self, shown: Callable[[Tensor], Tensor]) -> Any:
-        """A copy in which callers see image features as `shown` makes them.
+    def show(self, shown: Callable[[list[Tensor]], list[Tensor]]) -> Any:
+        """A copy in which callers see image features as `shown` makes them, one or several.
 
         Up to transformers 5.23 they are a field of their own. Since 5.24 the output holds that of
         the encoder, the very object that `generate` hands to later calls.
@@ -265,15 +270,15 @@ class Output:
             if name is None or given is None:
                 continue
             if isinstance(given, Tensor):
-                fields[name] = shown(given)
+                (fields[name],) = shown([given])
             elif isinstance(given, (list, tuple)):
-                fields[name] = type(given)(map(shown, given))
+                fields[name] = type(given)(shown(list(given)))
             else:
                 inner = Output(given)
                 features: Any = inner.features
                 many = isinstance(features, (list, tuple))
-                seen = list(map(shown, features)) if many else shown(features)
-                fields[name] = inner.replaced(features=seen)
+                seen = shown(list(features) if many else [features])
+                fields[name] = inner.replaced(features=seen if many else seen[0])
         return with_fields(self.raw, fields) if fields else self.raw
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from .candidates_guard import RefuseCandidates
 from .llava_parts import SameParts, hide_marks, keep_private
 from .llm.image_slots import Images
 from .llm.inner_stages import QueryAttention, ReduceInside
-from .llm.short_prompt import IMAGES, VISUAL, ShortenPrompts
+from .llm.short_prompt import IMAGES, TEXT, VISUAL, ShortenPrompts
 from .llm.signal_cache import SignalCache
 from .names import Call, Output, calls_of
 
@@ -80,16 +81,17 @@ class Placed:
         yield core.register_forward_pre_hook(SameParts(core).before)
         if self.before is not None:
             yield core.register_forward_hook(hide_marks)
-            yield core.register_forward_pre_hook(_MarkVisual(parts).before, with_kwargs=True)
-        if self.inside:
-            yield core.register_forward_pre_hook(find.before, with_kwargs=True)
+        tell = _TellPass(parts, self.before is not None, find if self.inside else None)
+        yield core.register_forward_pre_hook(tell.before, with_kwargs=True)
         yield from keep_private(parts)
         positions: Positions = "reindexed"
         if self.before is not None:
             assert isinstance(self.before.placement, BeforeLLM)
             positions = self.before.placement.positions
         to_layers = bool(self.inside) or positions == "original"
-        yield from ShortenPrompts(llm, positions, record, tuple(self.inside), to_layers).install()
+        yield from ShortenPrompts(
+            llm, positions, record, tuple(self.inside), to_layers, store.settle
+        ).install()
         if to_layers:
             hooks = ReduceInside(llm, self.inside, store, record)
             yield from hooks.install()
@@ -98,21 +100,34 @@ class Placed:
                 yield parts.model.register_forward_pre_hook(hook.before, with_kwargs=True)
 
 
-class _MarkVisual(NotCopyable):
-    """Tells the language model of placeholders where a mask may hide some of them."""
+class _TellPass(NotCopyable):
+    """Hook before the core model that tells the language model what a pass brings.
 
-    def __init__(self, parts: Anatomy) -> None:
+    Args:
+        parts: parts of the model.
+        marks: whether features may be marked, of which a mask may hide some.
+        find: finds the images, for stages inside the language model; or None.
+    """
+
+    def __init__(self, parts: Anatomy, marks: bool, find: FindImages | None) -> None:
         self.parts = parts
         self.calls = calls_of(parts.core)
+        self.marks = marks
+        self.find = find
 
     def before(
         self, core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         call = self.calls(args, kwargs)
         ids = call.ids
-        if ids is not None and call.mask is not None and ids.shape[1] > 1:
+        if ids is not None and call.pictures is None and call.videos is None and not call.encoded:
+            kwargs[TEXT] = True
+            return args, kwargs
+        if self.marks and ids is not None and call.mask is not None and ids.shape[1] > 1:
             videos = self.parts.placeholders(ids, "video")
             kwargs[VISUAL] = self.parts.placeholders(ids, "image") | videos
+        if self.find is not None:
+            kwargs[IMAGES] = partial(self.find.find, call)
         return args, kwargs
 
 
@@ -127,14 +142,6 @@ class FindImages(NotCopyable):
     def __init__(self, core: nn.Module, images: Callable[[Tensor, Call], Images]) -> None:
         self.calls = calls_of(core)
         self.images = images
-
-    def before(
-        self, core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        found = self.find(self.calls(args, kwargs))
-        if found is not None:
-            kwargs[IMAGES] = found
-        return args, kwargs
 
     def find(self, call: Call) -> Images | None:
         """The images of a call of the model without its head; None where it brings none."""

@@ -104,7 +104,7 @@ class WatchAttention(NotCopyable):
         check_cache(cache)
         assert ids is not None
         past = 0 if cache is None else int(cache.get_seq_length())
-        seats = None if images is None else images.seats()
+        seats = None if images is None else images.asked().seats()
         if seats is not None and seats.index.shape[1]:
             assert images is not None
             self._begin(images, seats, past)

@@ -16,6 +16,7 @@ from tokenprune.report import Record
 from tokenprune.signals import Signal, Signals
 from tokenprune.strategy import Strategy
 from tokenprune.tokens import VisualTokens
+from tokenprune.untraced import untraced
 
 from .budget_rows import BudgetRows
 from .carry import carried, carry
@@ -67,6 +68,7 @@ class ReduceBeforeProjector(NotCopyable):
         yield projector.register_forward_pre_hook(self.before)
         yield projector.register_forward_hook(self.after)
 
+    @untraced
     def before(self, projector: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         features: Tensor = args[0]
         if self.strategy is None:

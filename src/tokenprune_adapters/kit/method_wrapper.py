@@ -55,13 +55,13 @@ def wrap_method(owner: nn.Module, name: str, around: Around) -> Iterator[Removab
 
 
 def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
+    names = tuple(inspect.signature(original).parameters)
     arounds: list[Around] = []
 
     # `generate` chooses arguments by the signature, which `wraps` hands on.
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        arguments = signature.bind(*args, **kwargs).arguments
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         call = functools.partial(original, *args, **kwargs)
         for around in tuple(arounds):
             call = functools.partial(around, call, arguments)

@@ -6,6 +6,7 @@ language model computes and caches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,17 +42,26 @@ class PromptLayout:
     tail: int
 
     @classmethod
-    def of(cls, keep: Tensor, sample: Tensor | None = None) -> PromptLayout:
-        """The layout that computes some slots. One sync.
+    def facts(cls, keep: Tensor) -> Tensor:
+        """Numbers that `of` needs in Python, `(3,)` int64, for whoever asks for others as well."""
+        count = keep.sum(1)
+        kept_by_all = keep.all(0).flip(0).to(torch.int64).cumprod(0).sum()
+        return torch.stack([count.max(), count.min(), kept_by_all])
+
+    @classmethod
+    def of(
+        cls, keep: Tensor, sample: Tensor | None = None, facts: Sequence[int] | None = None
+    ) -> PromptLayout:
+        """The layout that computes some slots. One sync, unless the facts are known.
 
         Args:
             keep: `(batch, logical)` bool, True for the slots to compute.
             sample: `(batch, logical)` int64, the conversation of each slot where rows hold
                 several, one after the other; None where each holds one.
+            facts: what `facts` gives for `keep`, as numbers; None to wait for them.
         """
         count = keep.sum(1)
-        kept_by_all = keep.all(0).flip(0).to(torch.int64).cumprod(0).sum()
-        longest, shortest, tail = torch.stack([count.max(), count.min(), kept_by_all]).tolist()
+        longest, shortest, tail = cls.facts(keep).tolist() if facts is None else facts
         physical = max(longest, 1)
         order = torch.argsort(keep.to(torch.uint8), dim=1, stable=True)
         index = order[:, keep.shape[1] - physical :]

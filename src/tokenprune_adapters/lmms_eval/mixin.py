@@ -144,5 +144,5 @@ def _stages(prune: object) -> tuple[tokenprune.Stage, ...]:
 
 def _pictures(arguments: Mapping[str, Any]) -> bool:
     """Whether `generate` was given pictures or videos."""
-    given = {**arguments, **arguments.get("kwargs", {})}
-    return any(name.startswith("pixel_values") and given[name] is not None for name in given)
+    given = arguments.items()
+    return any(name.startswith("pixel_values") and value is not None for name, value in given)

@@ -14,7 +14,7 @@ def test_part_of_an_image_is_refused() -> None:
     placeholders = torch.tensor([[False, True, True, True]])
     images = Images.alike(placeholders, 1, 4)
     with pytest.raises(UnsupportedError, match=r"part of an image \(\(4,\) tokens\).*_chunk_size"):
-        images.within(torch.zeros(1, 4, 2), None)
+        images.printed(torch.zeros(1, 4, 2)).asked()
 
 
 def test_images_are_numbered_over_the_whole_batch() -> None:
@@ -34,7 +34,7 @@ def test_padding_of_an_image_drops_nothing() -> None:
     """The second image has one token less than the first; slot 1 is text."""
     index, mask = torch.tensor([[0, 2], [3, 0]]), torch.tensor([[True, True], [True, False]])
     plan = Plan.select(torch.tensor([[True, False], [False, False]]))
-    dropped = Seats(index, mask, 1, 5).dropped(plan)
+    dropped = Seats(index, mask, 1, 5, (2, 1)).dropped(plan)
     assert dropped.tolist() == [[False, False, True, True, False]]
 
 

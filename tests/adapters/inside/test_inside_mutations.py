@@ -460,7 +460,6 @@ LOUD: dict[Callable[[Patch], None], type[Exception]] = {
     one_mask_for_all_layers: RuntimeError,
     padding_asks_too: tokenprune.ScoreError,
     fillers_keep_minus_infinity: tokenprune.ScoreError,
-    images_not_followed: RuntimeError,
 }
 
 NAMES = {

@@ -102,7 +102,7 @@ class Older:
 def test_features_of_each_image_are_shown_in_a_copy(kind: type[Any]) -> None:
     """Models whose images differ in size have a list of them; the output itself stays as it is."""
     raw = Older(kind([torch.zeros(2), torch.zeros(3)]))
-    shown = Output(raw).show(lambda features: features + 1)
+    shown = Output(raw).show(lambda many: [each + 1 for each in many])
     assert type(shown.image_hidden_states) is kind
     assert [each.tolist() for each in shown.image_hidden_states] == [[1, 1], [1, 1, 1]]
     assert [each.tolist() for each in raw.image_hidden_states] == [[0, 0], [0, 0, 0]]
@@ -110,14 +110,14 @@ def test_features_of_each_image_are_shown_in_a_copy(kind: type[Any]) -> None:
 
 
 def test_features_of_videos_are_shown_without_pictures_too() -> None:
-    shown = Output(Older(None, torch.ones(2))).show(torch.neg)
+    shown = Output(Older(None, torch.ones(2))).show(lambda many: [*map(torch.neg, many)])
     assert shown.image_hidden_states is None
     assert shown.video_hidden_states.tolist() == [-1, -1]
 
 
 def test_an_output_without_features_is_handed_on() -> None:
     raw = Older(None)
-    assert Output(raw).show(torch.neg) is raw
+    assert Output(raw).show(lambda many: [*map(torch.neg, many)]) is raw
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["by name", "by position"])

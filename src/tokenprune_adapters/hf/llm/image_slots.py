@@ -46,10 +46,12 @@ class Images:
             text.
         patch: `(batch, slots)` int64, which patch of its image a slot is; -1 is none.
         slots: number of slots of each image in the prompt as the processor made it.
-        tokens: visual tokens of each image: slots with a patch.
+        tokens: number of visual tokens of each image: slots with a patch.
         prints: `(images,)` int64, one number per image from its features.
         row: `(images,)` int64, the prompt that each image is in.
         origins: what each image is: a picture, a video, or a frame.
+        known: `prints` and `row` as numbers, once somebody has asked.
+        left: number of visual tokens that are left of each image, once somebody has asked.
     """
 
     image: Tensor
@@ -59,6 +61,8 @@ class Images:
     prints: Tensor
     row: Tensor
     origins: tuple[Origin, ...]
+    known: tuple[list[int], list[int]] = ([], [])
+    left: tuple[int, ...] = ()
 
     @classmethod
     def alike(cls, placeholders: Tensor, images: int, tokens: int) -> Images:
@@ -112,30 +116,46 @@ class Images:
         """
         return replace(self, patch=self.patch.masked_fill(~real, -1))
 
-    def within(self, embeds: Tensor, layout: PromptLayout | None) -> Images:
-        """These images as a segment sees them, with fingerprints and the prompts they are in.
+    def printed(self, embeds: Tensor) -> Images:
+        """These images with fingerprints and the prompts they are in.
 
         Args:
             embeds: `(batch, slots, channels)` of the whole prompt, marks included.
-            layout: what the segment leaves out, or None.
-
-        Raises:
-            UnsupportedError: a prompt holds part of an image only (chunked prefill).
         """
-        inside, total = self.image >= 0, sum(self.slots)
-        if int(inside.sum()) != total:
-            raise UnsupportedError(
-                f"a forward pass holds part of an image ({self.slots} tokens); chunked "
-                "prefill cannot be combined with reduction after a layer, drop prefill_chunk_size"
-            )
-        last = self.image.masked_fill(~inside, len(self.slots)).flatten()
+        total = sum(self.slots)
+        last = self.image.masked_fill(self.image < 0, len(self.slots)).flatten()
         order = torch.argsort(last, stable=True)[:total]
         features = embeds[..., :CHANNELS].flatten(0, 1).index_select(0, order)
         prints = feature_prints(torch.split(features, list(self.slots)))
         first = list(itertools.accumulate(self.slots[:-1], initial=0))
         row = order[torch.tensor(first, device=order.device)] // self.image.shape[1]
-        known = replace(self, prints=prints, row=row)
-        return known if layout is None else known.through(layout)
+        return replace(self, prints=prints, row=row)
+
+    def facts(self) -> Tensor:
+        """Numbers that stages need in Python, `(1 + 3 * images,)` int64; see `told`."""
+        image = torch.where(self.visual, self.image, len(self.slots)).flatten()
+        count = image.new_zeros(len(self.slots) + 1)
+        count = count.scatter_add(0, image, torch.ones_like(image))[:-1]
+        return torch.cat([(self.image >= 0).sum()[None], count, self.prints, self.row])
+
+    def told(self, facts: list[int]) -> Images:
+        """These images with what `facts` gave, as numbers.
+
+        Raises:
+            UnsupportedError: a prompt holds part of an image only (chunked prefill).
+        """
+        inside, rest, images = facts[0], facts[1:], len(self.slots)
+        if inside != sum(self.slots):
+            raise UnsupportedError(
+                f"a forward pass holds part of an image ({self.slots} tokens); chunked "
+                "prefill cannot be combined with reduction after a layer, drop prefill_chunk_size"
+            )
+        counts, prints, rows = (rest[n * images : (n + 1) * images] for n in range(3))
+        return replace(self, left=tuple(counts), known=(prints, rows))
+
+    def asked(self) -> Images:
+        """These images with their `facts`, by a sync of their own."""
+        return self.told(self.facts().tolist())
 
     def through(self, layout: PromptLayout) -> Images:
         """These images after `layout` has left slots out."""
@@ -144,19 +164,14 @@ class Images:
         return replace(self, image=image, patch=patch)
 
     def seats(self) -> Seats:
-        """Where the tokens of each image sit. One sync."""
+        """Seats of the tokens of each image, whose numbers are known."""
         batch, slots = self.patch.shape
-        flat = self.visual.flatten().nonzero().squeeze(1)
-        image, order = self.image.flatten()[flat].sort(stable=True)
-        flat = flat[order]
-        count = torch.bincount(image, minlength=self.prints.shape[0])
-        column = torch.arange(flat.shape[0], device=flat.device) - (count.cumsum(0) - count)[image]
-        shape = count.shape[0], int(count.max())
-        index = flat.new_zeros(shape)
-        index[image, column] = flat
-        mask = torch.zeros(shape, dtype=torch.bool, device=flat.device)
-        mask[image, column] = True
-        return Seats(index, mask, batch, slots)
+        image = torch.where(self.visual, self.image, len(self.left)).flatten()
+        order = torch.argsort(image, stable=True)[: sum(self.left)]
+        index = pad_sequence(list(torch.split(order, list(self.left))), batch_first=True)
+        count = torch.tensor(self.left, device=index.device)[:, None]
+        mask = torch.arange(index.shape[1], device=index.device) < count
+        return Seats(index, mask, batch, slots, self.left)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +189,7 @@ class Seats:
     mask: Tensor
     batch: int
     slots: int
+    lengths: tuple[int, ...]
 
     @property
     def row(self) -> Tensor:

@@ -30,9 +30,9 @@ from tokenprune.report import Record
 from tokenprune.signals import LastQueryAttention, Signal, Signals, TextQueryAttention
 from tokenprune.strategy import Reduction, Stage
 from tokenprune.tokens import VisualTokens
+from tokenprune.untraced import untraced
 
 from ...kit.before_projector import Ids, Sizes
-from ..anatomy import attention_of
 from ..attention import Asked, ReadAttention, Reader
 from ..names import calls_of
 from .image_slots import Images, Seats
@@ -89,6 +89,7 @@ class ReduceInside(NotCopyable):
             )
         return layers
 
+    @untraced
     @torch.no_grad()
     def open_segment(self, run: Run, start: int, hidden: Tensor) -> None:
         """Score, decide, and let `run` know the segment that starts at layer `start`.
@@ -100,9 +101,8 @@ class ReduceInside(NotCopyable):
         assert images is not None
         seats = self._seats(run, images)
         if not run.counts:
-            asked = torch.stack([seats.mask.sum(1), images.prints, images.row])
-            counts, prints, rows = asked.tolist()  # one sync for all three
-            run.counts[0] = tuple(counts)
+            prints, rows = images.known
+            run.counts[0] = images.left
             run.known = self.store.get(prints, hidden.device)
             run.origins = self.store.originals(images, prints, rows)
         if seats.index.shape[1] == 0:  # an earlier stage has withdrawn them all
@@ -124,17 +124,20 @@ class ReduceInside(NotCopyable):
                 previous.check_left(drop, self.stages[start])
         segment = run.segments[start] = self._segment(run, start, previous, drop)
         if segment.layout is not None:
-            run.images = images.through(segment.layout)
+            left = images.through(segment.layout)
+            run.images = replace(left, left=plan.lengths)
 
     def _decide(
         self, run: Run, images: Images, start: int, hidden: Tensor, seats: Seats
     ) -> Reduction:
         """Run the stage's strategy on the tokens of all images in the batch."""
         strategy = self.stages[start].strategy
+        assert run.known is not None
         known = dict(fitted(run.known, seats.index.shape[1]))
         tokens = VisualTokens.of(
             seats.take(hidden),
             mask=seats.mask,
+            lengths=seats.lengths,
             patches=seats.take(images.patch),
             sizes=known.get(Sizes()),
             ids=known.get(Ids(), images.prints),
@@ -266,7 +269,7 @@ class _BeforeLayer(NotCopyable):
             call.rotary = run.rotary[start]
             call.positions = segment.positions
             call.mask = segment.mask
-        if "flash" in attention_of(self.inside.llm):
+        if run.flash:
             # The rotary embedding is made; flash would take gaps for seams of packed sequences.
             call.positions = segment.counted
         call.hidden = hidden

@@ -160,9 +160,10 @@ def note(cache: Cache, states: dict[int, Shortened]) -> None:
     refused at the first layer, not half-way.
     """
     tail = min(state.tail for state in states.values())
-    state = states[0]
+    noted = {start: replace(state, tail=tail) for start, state in states.items()}
+    state = noted[0]
     for number, layer in enumerate(cache.layers):
-        state = replace(states.get(number, state), tail=tail)
+        state = noted.get(number, state)
         if isinstance(layer, ShortenedLayer):
             layer.state = state
         else:

@@ -7,6 +7,7 @@ attention mask and cache state.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +86,7 @@ class Slots:
         positions: position ids.
         sample: the conversation of each slot; None where rows hold one.
         gaps: whether position ids leave some out, which is no seam where `sample` is None.
+        facts: facts of the layout that is left, where they are known (see `PromptLayout.facts`).
     """
 
     drop: Tensor | None
@@ -92,6 +94,7 @@ class Slots:
     positions: Tensor
     sample: Tensor | None = None
     gaps: bool = False
+    facts: Sequence[int] | None = None
 
 
 def enter(
@@ -117,7 +120,8 @@ def enter(
             if sample is not None:
                 moves = moves - before_sample(slots.drop, sample)
             positions = positions - moves
-        layout = PromptLayout.of(~slots.drop if real is None else real & ~slots.drop, sample)
+        keep = ~slots.drop if real is None else real & ~slots.drop
+        layout = PromptLayout.of(keep, sample, slots.facts)
         positions, real = layout.shorten(positions), layout.valid
         # Fillers come out as zero, so numbers travel as one more.
         sample = None if sample is None else layout.shorten(sample + 1) - 1

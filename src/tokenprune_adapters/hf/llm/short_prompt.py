@@ -8,7 +8,7 @@ business of `inner_stages.py`, whose hooks work on the `Run` that is made here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -22,12 +22,13 @@ from tokenprune.placement import Positions
 from tokenprune.plan import Plan
 from tokenprune.report import Record
 from tokenprune.signals import Signal, Signals
+from tokenprune.untraced import untraced
 
 from ...kit.carry import carried, carry
 from ...kit.marks import marked
-from ...kit.prompt_layout import samples
+from ...kit.prompt_layout import PromptLayout, samples
 from ..anatomy import attention_of, makes_cache
-from ..names import Call, Output, calls_of
+from ..names import Call, Hooked, Output, calls_of
 from .image_slots import Images, Seats
 from .kv_cache import (
     Shortened,
@@ -43,8 +44,11 @@ from .segment import Segment, Slots, enter
 RUN = "tokenprune_run"
 """Name of the private argument that takes a `Run` to the layers, which pop it."""
 
+TEXT = "tokenprune_text"
+"""Name of the private argument that says that a pass brings no pictures, so nothing is searched."""
+
 IMAGES = "tokenprune_images"
-"""Name of the private argument that tells which slots are visual; see `Images`."""
+"""Name of the private argument that makes `Images`, which tell which slots are visual, or None."""
 
 VISUAL = "tokenprune_visual"
 """Name of the private argument that brings a bool for each slot: whether it is a placeholder."""
@@ -69,19 +73,21 @@ class Run:
         rows: what the text of the latest segment attends to, by signal and layer.
         rotary: cosine and sine of each segment but the first, by its first layer.
         merges: what stages have merged, by their layer.
+        flash: whether the attention is FlashAttention.
     """
 
     cache: Any
     past: int
     segments: dict[int, Segment]
     images: Images | None = None
-    known: Signals = field(default_factory=Signals)
+    known: Signals | None = None
     counts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     origins: tuple[Origin | None, ...] = ()
     seats: Seats | None = None
     rows: dict[tuple[type[Signal], int], Tensor] = field(default_factory=dict)
     rotary: dict[int, Any] = field(default_factory=dict)
     merges: dict[int, tuple[Seats, Plan]] = field(default_factory=dict)
+    flash: bool = False
 
     def start_of(self, layer: int) -> int:
         """The first layer of the segment that `layer` belongs to, as far as is known."""
@@ -109,6 +115,7 @@ class ShortenPrompts(NotCopyable):
         record: where KV bytes are noted.
         starts: layers at which stages inside the model reduce further; see `inner_stages.py`.
         to_layers: whether the layers have hooks that want the `Run`.
+        settle: function from int64 numbers to a list of them, by a host sync.
     """
 
     def __init__(
@@ -118,6 +125,7 @@ class ShortenPrompts(NotCopyable):
         record: Record,
         starts: tuple[int, ...] = (),
         to_layers: bool = False,
+        settle: Callable[[Tensor], list[int]] = Tensor.tolist,
     ) -> None:
         self.llm = llm
         self.calls = calls_of(llm)
@@ -125,6 +133,7 @@ class ShortenPrompts(NotCopyable):
         self.record = record
         self.starts = starts
         self.to_layers = to_layers
+        self.settle = settle
 
     def install(self) -> Iterator[Removable]:
         """Yield the handles."""
@@ -134,30 +143,43 @@ class ShortenPrompts(NotCopyable):
     def before(
         self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        images: Images | None = kwargs.pop(IMAGES, None)
+        text: bool = kwargs.pop(TEXT, False)
+        find: Callable[[], Images | None] = kwargs.pop(IMAGES, _none)
         visual: Tensor | None = kwargs.pop(VISUAL, None)
         call = self.calls(args, kwargs)
-        embeds = call.embeds
-        if embeds is None:
+        if call.embeds is None:
             return None
-        cache = call.cache
-        drop = marked(embeds)
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        mask = call.mask
-        usable = mask is None or _is_padding_mask(mask, past, drop)
-        real, real_past = _real_columns(mask if usable else None, past, drop)
-        images = None if images is None else images.among(real)
-        seen = drop[:, :0] if images is None else images.visual
+        if not text:
+            hooked: Hooked = self._begin(call, find, visual)
+            return hooked
+        # The model has made all embeddings from ids: there is nothing to look for.
+        if state_of(call.cache) is None:
+            return call.hooked
+        return self._enter(call, None)
+
+    @untraced
+    def _begin(
+        self, call: Call, find: Callable[[], Images | None], visual: Tensor | None
+    ) -> Hooked:
+        """Look for marks and images, and enter what is left of the prompt; one sync."""
+        embeds: Any = call.embeds
+        drop, images = marked(embeds), find()
+        past = _length(call.cache)
+        usable = _is_padding_mask(call.mask, past, drop)
+        real = _real_columns(call.mask if usable else None, past, drop)[0]
+        seen = drop[:, :0] if images is None else images.among(real).visual
+        images = None if images is None else images.among(real & ~drop).printed(embeds)
         hidden = drop[:, :0] if visual is None else visual & ~real & ~drop
-        steps = steps_of(llm, call, drop.shape)
-        seams = drop.new_zeros(()) if steps is None else steps[:, -1].any()
-        asked = torch.stack([drop.any(), real.all(), seen.any(), seams, hidden.any()])
-        shorten, all_real, some_visual, gaps, wasted = asked.tolist()
-        reduces = bool(self.starts) and some_visual
-        if not (shorten or reduces) and state_of(cache) is None:
-            return (args, kwargs)
-        if not usable:
-            _refuse_mask(mask, past, drop)
+        steps = steps_of(self.llm, call, drop.shape)
+        seams = real.new_zeros(()) if steps is None else steps[:, -1].any()
+        flags = torch.stack([drop.any(), seen.any(), hidden.any(), real.all(), seams]).long()
+        asked = [flags, PromptLayout.facts(real & ~drop)]
+        if images is not None:
+            asked.append(images.facts())
+        shorten, some_visual, wasted, all_real, gaps, *facts = self.settle(torch.cat(asked))
+        images = None if images is None else images.told(facts[3:])
+        if not (shorten or (self.starts and some_visual)) and state_of(call.cache) is None:
+            return call.hooked
         if shorten and wasted:
             raise UnsupportedError(
                 "attention_mask hides visual tokens that were kept before the LLM, so budget was "
@@ -169,27 +191,51 @@ class ShortenPrompts(NotCopyable):
                 "the language model got reduced image features, but not from the attached model, "
                 "so stages after a layer cannot know the images; call the whole model"
             )
+        shown = images if some_visual else None
+        found = _Seen(drop if shorten else None, shown, bool(all_real), bool(gaps), facts[:3])
+        return self._enter(call, found)
+
+    def _enter(self, call: Call, seen: _Seen | None) -> Hooked:
+        """Let a pass compute what is left, and its stages know.
+
+        Args:
+            call: call of the language model.
+            seen: what was found in it; None where it brings no images.
+        """
+        llm, cache, starts = self.llm, call.cache, self.starts
+        embeds: Any = call.embeds
+        (batch, columns), past = embeds.shape[:2], _length(cache)
+        like = embeds[:, :, 0]
+        if not _is_padding_mask(call.mask, past, like):
+            _refuse_mask(call.mask, past, like)
         if call.flash_seams is not None:
             raise UnsupportedError(
                 "cu_seq_lens tell where conversations of the unshortened prompt end; leave them "
                 "out, and position_ids that start anew at each conversation will tell"
             )
         check_cache(cache)
-        check_starts(cache, self.starts)
-
-        fresh = Shortened(0, real_past, drop.new_zeros(embeds.shape[0], dtype=torch.int64), 0)
+        check_starts(cache, starts)
+        real, real_past = _real_columns(call.mask, past, like)
+        steps = steps_of(llm, call, (batch, columns))
+        if seen is None:
+            seen = _Seen(None, None, call.mask is None, False)
+            # Whoever traces waits for no value: a mask that hides nothing is as good as none.
+            if not torch.compiler.is_compiling() and not (seen.all_real and steps is None):
+                seams = real.new_zeros(()) if steps is None else steps[:, -1].any()
+                seen = _Seen(None, None, *torch.stack([real.all(), seams]).tolist())
+        images = seen.images
+        fresh = Shortened(0, real_past, torch.zeros_like(like[:, 0], dtype=torch.int64), 0)
         known = state_of(cache, 0) or fresh
-        positions = _positions(call.positions, past, drop) - known.moved[:, None]
-        sample = steps if gaps and are_seams(llm, call, all_real) else None
-        slots = Slots(
-            drop if shorten else None, None if all_real else real, positions, sample, gaps
-        )
+        positions = _positions(call.positions, past, like) - known.moved[:, None]
+        sample = steps if seen.gaps and are_seams(llm, call, seen.all_real) else None
+        columns_real = None if seen.all_real else real
+        slots = Slots(seen.drop, columns_real, positions, sample, seen.gaps, seen.facts)
         first = enter(slots, known, past, self.positions, llm, cache is not None)
-        run = Run(cache, past, {0: first})
-        if reduces and images is not None:
-            run.images = images.within(embeds, first.layout)
+        run = Run(cache, past, {0: first}, flash="flash" in attention_of(llm))
+        if starts and images is not None:
+            run.images = images if first.layout is None else images.through(first.layout)
         else:
-            for start in self.starts:
+            for start in starts:
                 state = state_of(cache, start) or fresh
                 moved = positions + (known.moved - state.moved)[:, None]
                 same = Slots(None, slots.real, moved, sample)
@@ -202,7 +248,7 @@ class ShortenPrompts(NotCopyable):
         if self.to_layers:
             call.kwargs[RUN] = run
         expect_update(cache)
-        return call.args, call.kwargs
+        return call.hooked
 
     def after(
         self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -218,19 +264,29 @@ class ShortenPrompts(NotCopyable):
                 # Of static caches the length is a tensor, which a decoding step does not wait for.
                 length = 0 if cache is None else cache.get_seq_length()
                 if embeds.shape[1] > 1 or (isinstance(length, int) and length <= 1):
-                    self.record.cached(*stored_bytes(cache))
+                    self._count(cache)
             return None
-        given = Output(output)
-        cache = given.cache
-        if cache is not None:
+        cache = Output(output).cache
+        shortened = any(segment.layout is not None for segment in run.segments.values())
+        # A batch may be as long as it was, and yet its rows sit at other slots: the longest prompt
+        # may have lost nothing.
+        if cache is not None and (shortened or state_of(cache) is not None):
             check_cache(cache)
-            shortened = any(segment.layout is not None for segment in run.segments.values())
-            # A batch may be as long as it was, and yet its rows sit at other slots: the longest
-            # prompt may have lost nothing.
-            if shortened or state_of(cache) is not None:
-                note(cache, {start: segment.after for start, segment in run.segments.items()})
-            if shortened or embeds.shape[1] > 1:  # not a decoding step
-                self.record.cached(*stored_bytes(cache))
+            note(cache, {start: segment.after for start, segment in run.segments.items()})
+        if shortened or embeds.shape[1] > 1:  # not a decoding step
+            return self._finish(run, output)
+        return None
+
+    @untraced
+    def _count(self, cache: Any) -> None:
+        self.record.cached(*stored_bytes(cache))
+
+    @untraced
+    def _finish(self, run: Run, output: Any) -> Any:
+        """Put hidden states back to logical length, and note what the pass did."""
+        given = Output(output)
+        if given.cache is not None:
+            self.record.cached(*stored_bytes(given.cache))
         if run.counts and run.images is not None:
             self.record.counted(run.images.tokens, run.counts, run.origins)
         assert given.last is not None
@@ -270,7 +326,37 @@ def are_seams(llm: nn.Module, call: Call, all_real: bool) -> bool:
     return call.mask is None or (all_real and "flash" in attention_of(llm))
 
 
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """Findings of a look at a pass.
+
+    Attributes:
+        drop: `(batch, slots)` bool, True where a visual token is dropped; None for nowhere.
+        images: images of the pass; None where it brings none.
+        all_real: whether no slot is padding.
+        gaps: whether position ids do not go on by one.
+        facts: facts of the layout that is left.
+    """
+
+    drop: Tensor | None
+    images: Images | None
+    all_real: bool
+    gaps: bool
+    facts: Sequence[int] | None = None
+
+
+def _none() -> None:
+    """No images."""
+
+
+def _length(cache: Any) -> int:
+    """Logical length of a cache before the pass."""
+    return int(cache.get_seq_length()) if cache is not None else 0
+
+
 def _is_padding_mask(mask: Any, past: int, drop: Tensor) -> bool:
+    if mask is None:
+        return True
     columns = (drop.shape[0], past + drop.shape[1])
     return isinstance(mask, Tensor) and tuple(mask.shape) == columns
 
@@ -287,7 +373,7 @@ def _refuse_mask(mask: Any, past: int, drop: Tensor) -> NoReturn:
 def _real_columns(mask: Tensor | None, past: int, drop: Tensor) -> tuple[Tensor, Tensor | None]:
     """Which new and which past columns are real, as bool; None for a past without padding."""
     if mask is None:
-        return torch.ones_like(drop), None
+        return torch.ones_like(drop, dtype=torch.bool), None
     real = mask.to(device=drop.device, dtype=torch.bool)
     return real[:, past:], real[:, :past] if past else None
 

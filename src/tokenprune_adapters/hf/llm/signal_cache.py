@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -64,6 +64,7 @@ class SignalCache(NotCopyable):
         self.capacity = capacity
         self._of: WeakKeyDictionary[threading.Thread, _Remembered] = WeakKeyDictionary()
         self._lock = threading.Lock()
+        self._pending: list[tuple[threading.Thread, Tensor, list[_Image]]] = []
 
     def put(
         self,
@@ -79,22 +80,44 @@ class SignalCache(NotCopyable):
             patches: what the slots of each image hold, see `Images.of`, where that differs.
         """
         prints = self._prints(features)
-        times = Counter(prints)
+        known = [
+            _Image(
+                {s: answer[number] for s, answer in signals.items()},
+                patches[number] if patches else None,
+                1,
+            )
+            for number in range(len(prints))
+        ]
         with self._lock:
-            mine = self._of.setdefault(threading.current_thread(), _Remembered())
-            for number, each in enumerate(prints):
-                mine.images.pop(each, None)
-                mine.images[each] = _Image(
-                    {s: answer[number] for s, answer in signals.items()},
-                    patches[number] if patches else None,
-                    times[each],
-                )
-            while len(mine.images) > max(self.capacity, mine.latest + len(prints)):
-                mine.images.popitem(last=False)
-            mine.latest = len(prints)
+            self._pending.append((threading.current_thread(), prints, known))
+            waiting = len(self._pending)
+        if waiting > 2:  # nobody has asked since: what is older is put away, and may be forgotten
+            self.settle(prints[:0])
+
+    def settle(self, numbers: Tensor) -> list[int]:
+        """`(n,)` int64 `numbers` as a list, by a host sync that fingerprints share."""
+        with self._lock:
+            pending, self._pending = self._pending, []
+            every = [*(prints.to(numbers.device) for _, prints, _ in pending), numbers]
+            told: list[int] = torch.cat(every).tolist()
+            for thread, _, known in pending:
+                prints, told = told[: len(known)], told[len(known) :]
+                self._remember(self._of.setdefault(thread, _Remembered()), prints, known)
+        return told
+
+    def _remember(self, mine: _Remembered, prints: list[int], known: list[_Image]) -> None:
+        times = Counter(prints)
+        for each, image in zip(prints, known, strict=True):
+            mine.images.pop(each, None)
+            mine.images[each] = replace(image, times=times[each])
+        while len(mine.images) > max(self.capacity, mine.latest + len(prints)):
+            mine.images.popitem(last=False)
+        mine.latest = len(prints)
 
     def _look_up(self, prints: list[int]) -> list[_Image | None]:
         """The images with these fingerprints; None for one that did not come by here."""
+        if self._pending:
+            self.settle(self._pending[0][1][:0])
         with self._lock:
             # Features may be encoded in one thread and used in another.
             mine = self._of.get(threading.current_thread(), _Remembered())
@@ -133,7 +156,7 @@ class SignalCache(NotCopyable):
         Raises:
             MissingSignalError: one of them did not come by here.
         """
-        found = self._find(self._prints(features))
+        found = self._find(self._prints(features).tolist())
         known = [each.patches for each in found if each.patches is not None]
         if len(known) < len(features):
             raise MissingSignalError(
@@ -142,11 +165,11 @@ class SignalCache(NotCopyable):
             )
         return known
 
-    def _prints(self, features: Tensor | Sequence[Tensor]) -> list[int]:
-        """One number per image, as `Images.within` finds them."""
+    def _prints(self, features: Tensor | Sequence[Tensor]) -> Tensor:
+        """`(images,)` int64, one number per image, as `Images.printed` finds them."""
         if isinstance(features, Tensor):
-            return feature_prints(features.to(self.dtype)).tolist()
-        return feature_prints([each.to(self.dtype) for each in features]).tolist()
+            return feature_prints(features.to(self.dtype))
+        return feature_prints([each.to(self.dtype) for each in features])
 
     def get(self, prints: list[int], device: torch.device) -> Signals:
         """What is known of all these images; nothing if one of them did not come by here.
