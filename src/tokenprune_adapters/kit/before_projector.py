@@ -68,32 +68,27 @@ class ReduceBeforeProjector(NotCopyable):
         yield projector.register_forward_pre_hook(self.before)
         yield projector.register_forward_hook(self.after)
 
-    @untraced
     def before(self, projector: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        features: Tensor = args[0]
         if self.strategy is None:
-            if not self.observation.ready:
-                return None
-            seen, signals = self.observation.take()
-            if signals:
-                _check_same(features, seen.features)
-            rows = self._rows(features)
-            known = _known(rows.tokens(features, seen.ids), rows.signals(signals))
-            return (carry(features, _Left(None, known)), *args[1:])
+            return (carry(args[0], _Left(None, args[0])), *args[1:])
+        return self._reduce(self.strategy, args)
+
+    @untraced
+    def _reduce(self, strategy: Strategy, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        features: Tensor = args[0]
         seen, signals = self._seen(features)
         with self.record.selecting(features.device):
             rows = self._rows(features)
             tokens, signals = rows.tokens(features, seen.ids), rows.signals(signals)
-            reduction = self.strategy(tokens, signals)
+            reduction = strategy(tokens, signals)
         self.record.decided(reduction, rows.origins)
         plan = reduction.plan
         if self.later is None:
             self.record.counted(tokens.lengths, {0: plan.lengths}, rows.origins)
         if plan.members is None and plan.lengths == tokens.lengths:
-            known = _known(tokens, signals)
-            return (carry(features, _Left(None, known)), *args[1:])
+            return (carry(features, _Left(None, self._known(tokens, signals))), *args[1:])
         kept = rows.index.gather(1, plan.anchors), plan.mask, (features.shape[0], features.shape[1])
-        known = _known(reduction.tokens, signals.reduce(plan))
+        known = self._known(reduction.tokens, signals.reduce(plan))
         return (carry(reduction.tokens.features, _Left(kept, known)), *args[1:])
 
     def _rows(self, features: Tensor) -> BudgetRows:
@@ -117,8 +112,28 @@ class ReduceBeforeProjector(NotCopyable):
             return None
         features = output if left.kept is None else spread(output, *left.kept)
         if self.later is not None:
-            self.later(features, left.known)
+            self._leave(self.later, features, left.known)
         return features
+
+    @untraced
+    def _leave(
+        self, later: Callable[[Tensor, Signals], None], features: Tensor, known: Signals | Tensor
+    ) -> None:
+        if isinstance(known, Signals):
+            later(features, known)
+        elif self.observation.ready:
+            seen, signals = self.observation.take()
+            if signals:
+                _check_same(known, seen.features)
+            rows = self._rows(known)
+            tokens = rows.tokens(known, seen.ids)
+            later(features, self._known(tokens, rows.signals(signals)))
+
+    def _known(self, tokens: VisualTokens, signals: Signals) -> Signals:
+        """What stages inside the language model may want to know of images."""
+        if self.later is None:
+            return signals
+        return Signals({**signals, Ids(): tokens.ids, Sizes(): tokens.sizes})
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,16 +142,12 @@ class _Left:
 
     Attributes:
         kept: where each row that is projected belongs (see `marks.spread`); None: as it stands.
-        known: what stages inside the language model may want to know.
+        known: what stages inside the language model may want to know; features, where the tower
+            has not been asked yet.
     """
 
     kept: tuple[Tensor, Tensor, tuple[int, int]] | None
-    known: Signals
-
-
-def _known(tokens: VisualTokens, signals: Signals) -> Signals:
-    """What stages inside the language model may want to know of images."""
-    return Signals({**signals, Ids(): tokens.ids, Sizes(): tokens.sizes})
+    known: Signals | Tensor
 
 
 def other_layer() -> UnsupportedError:

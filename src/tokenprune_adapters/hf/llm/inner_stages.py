@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from tokenprune.tokens import VisualTokens
 from tokenprune.untraced import untraced
 
 from ...kit.before_projector import Ids, Sizes
-from ..attention import Asked, ReadAttention, Reader
+from ..attention import ReadAttention, Reader
 from ..names import calls_of
 from .image_slots import Images, Seats
 from .kv_cache import Shortened, state_of
@@ -96,6 +97,10 @@ class ReduceInside(NotCopyable):
 
         A decision takes no part in autograd, like all signals; what it does to `hidden` does.
         """
+        with self.record.selecting(hidden.device):
+            self._open(run, start, hidden)
+
+    def _open(self, run: Run, start: int, hidden: Tensor) -> None:
         previous = run.segment_of(start)
         images = run.images
         assert images is not None
@@ -152,6 +157,7 @@ class ReduceInside(NotCopyable):
                 f"{', '.join(map(repr, missing))} of an image is not known: its features did not "
                 "come from the attached vision tower; pass pixel_values, not features of your own"
             )
+        self._read(run, images)
         rows = self._rows(run, start)
         reduction = strategy(tokens, Signals({**known, **rows}))
         # Later stages find what is left, without gaps and padded to the longest.
@@ -178,29 +184,29 @@ class ReduceInside(NotCopyable):
         return rows
 
     def reader(self, run: Run, number: int) -> Reader | None:
-        """Takes what stages that have not decided yet want of layer `number`; None if nothing."""
+        """Keeper of queries and keys of layer `number` for stages yet to decide, or None."""
         images = run.images
         kinds = {kind for start, kind in self.watched.get(number, ()) if start not in run.segments}
         if images is None or not kinds:
             return None
-        seats, segment = self._seats(run, images), run.segment_of(number)
-        if seats.index.shape[1] == 0:
-            return None
-        real = segment.real
-        if real is None:
-            real = torch.ones_like(segment.positions, dtype=torch.bool)
-        prompts = Prompts(real, segment.after.valid, segment.sample)
+        return partial(run.asked.__setitem__, number)
 
-        def read(asked: Asked) -> None:
-            with self.record.selecting(asked.query.device):
-                if LastQueryAttention in kinds:
-                    rows = last_rows(asked, prompts, seats.row, seats.column)
-                    run.rows[LastQueryAttention, number] = rows
-                if TextQueryAttention in kinds:
-                    rows = text_rows(asked, prompts, images, seats)
-                    run.rows[TextQueryAttention, number] = rows
-
-        return read
+    def _read(self, run: Run, images: Images) -> None:
+        """Attention rows of the layers whose queries and keys have been kept."""
+        seats = self._seats(run, images)
+        for number, asked in run.asked.items():
+            segment = run.segment_of(number)
+            real = segment.real
+            if real is None:
+                real = torch.ones_like(segment.positions, dtype=torch.bool)
+            prompts = Prompts(real, segment.after.valid, segment.sample)
+            for kind in {kind for _, kind in self.watched[number]}:
+                run.rows[kind, number] = (
+                    last_rows(asked, prompts, seats.row, seats.column)
+                    if kind is LastQueryAttention
+                    else text_rows(asked, prompts, images, seats)
+                )
+        run.asked.clear()
 
     def _seats(self, run: Run, images: Images) -> Seats:
         """Where the visual tokens of the latest segment sit; one sync for each segment."""
@@ -251,8 +257,7 @@ class _BeforeLayer(NotCopyable):
         hidden, number = call.hidden, self.number
         # Recomputation under gradient checkpointing comes by again, when all is decided.
         if number in self.inside.stages and number not in run.segments:
-            with self.inside.record.selecting(hidden.device):
-                self.inside.open_segment(run, number, hidden)
+            self.inside.open_segment(run, number, hidden)
         start = run.start_of(number)
         segment = run.segments[start]
         if number == start > 0:

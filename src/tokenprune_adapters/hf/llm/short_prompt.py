@@ -28,6 +28,7 @@ from ...kit.carry import carried, carry
 from ...kit.marks import marked
 from ...kit.prompt_layout import PromptLayout, samples
 from ..anatomy import attention_of, makes_cache
+from ..attention import Asked
 from ..names import Call, Hooked, Output, calls_of
 from .image_slots import Images, Seats
 from .kv_cache import (
@@ -70,7 +71,8 @@ class Run:
         counts: tokens of each image, by the layer from which on they are left; 0 is the input.
         origins: what each image is, for the report; None for a copy of another one.
         seats: where the visual tokens of the latest segment sit, once a layer has asked.
-        rows: what the text of the latest segment attends to, by signal and layer.
+        asked: queries and keys of the latest segment, by layer, that a stage will read.
+        rows: attention rows of the text of the latest segment, by signal and layer.
         rotary: cosine and sine of each segment but the first, by its first layer.
         merges: what stages have merged, by their layer.
         flash: whether the attention is FlashAttention.
@@ -84,6 +86,7 @@ class Run:
     counts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     origins: tuple[Origin | None, ...] = ()
     seats: Seats | None = None
+    asked: dict[int, Asked] = field(default_factory=dict)
     rows: dict[tuple[type[Signal], int], Tensor] = field(default_factory=dict)
     rotary: dict[int, Any] = field(default_factory=dict)
     merges: dict[int, tuple[Seats, Plan]] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from tokenprune.errors import MissingSignalError
 from tokenprune.hooks import NotCopyable
 from tokenprune.kept_patches import Origin
 from tokenprune.signals import Signal, Signals
+from tokenprune.untraced import untraced
 
 from .copies import without_copies
 from .image_slots import Images, feature_prints
@@ -66,6 +67,7 @@ class SignalCache(NotCopyable):
         self._lock = threading.Lock()
         self._pending: list[tuple[threading.Thread, Tensor, list[_Image]]] = []
 
+    @untraced
     def put(
         self,
         features: Tensor | Sequence[Tensor],
