@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import ShapeError
+from .on_read import Maker, OnRead
 from .plan import Plan
 
 
@@ -25,7 +26,8 @@ class VisualTokens:
         sizes: `(batch, tokens)` float32, how many original tokens each one stands for (ToMe).
         protected: `(batch, tokens)` bool, tokens that must survive unmerged (registers).
         ids: `(batch,)` int64, which image a row shows: equal for equal pictures, and independent
-            of what else is in the batch. Seeds what is random, per image.
+            of what else is in the batch. Seeds what is random, per image. A function may be given
+            in its place, which makes it when it is first read.
 
     >>> VisualTokens.of(torch.zeros(2, 576, 1024)).lengths
     (576, 576)
@@ -36,7 +38,7 @@ class VisualTokens:
     patches: Tensor
     sizes: Tensor
     protected: Tensor
-    ids: Tensor
+    ids: OnRead = OnRead()  # noqa: RUF009, a descriptor is no default
 
     def __post_init__(self) -> None:
         features = self.features
@@ -53,7 +55,9 @@ class VisualTokens:
             ("protected", torch.bool, grid, "(batch tokens)"),
             ("ids", torch.int64, row, "(batch)"),
         ):
-            tensor: Tensor = getattr(self, name)
+            tensor: Tensor | Maker = self.given_ids if name == "ids" else getattr(self, name)
+            if not isinstance(tensor, Tensor):
+                continue
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 raise ShapeError(
                     f"{name} must be {dtype} with axes {axes} = {shape}, "
@@ -73,7 +77,7 @@ class VisualTokens:
         patches: Tensor | None = None,
         sizes: Tensor | None = None,
         protected: Tensor | None = None,
-        ids: Tensor | None = None,
+        ids: Tensor | Maker | None = None,
         lengths: tuple[int, ...] | None = None,
     ) -> VisualTokens:
         """Visual tokens from `(batch, tokens, channels)` features; see the class for the rest.
@@ -105,6 +109,12 @@ class VisualTokens:
             tokens.__dict__["protected_lengths"] = (0,) * batch
         return tokens
 
+    @property
+    def given_ids(self) -> Tensor | Maker:
+        """`ids` to hand on: what makes them, where nobody has read them yet."""
+        given: Tensor | Maker = vars(self)["_ids"]
+        return given
+
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Real tokens per row. One host sync, unless no mask was given."""
@@ -125,7 +135,7 @@ class VisualTokens:
             plan(self.patches),
             sizes,
             plan(self.protected),
-            self.ids,
+            self.given_ids,
         )
         reduced.__dict__["lengths"] = plan.lengths
         if not any(self.protected_lengths):

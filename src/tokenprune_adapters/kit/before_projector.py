@@ -79,7 +79,7 @@ class ReduceBeforeProjector(NotCopyable):
         seen, signals = self._seen(features)
         with self.record.selecting(features.device):
             rows = self._rows(features)
-            tokens, signals = rows.tokens(features, seen.ids), rows.signals(signals)
+            tokens, signals = rows.tokens(features, seen.given_ids), rows.signals(signals)
             reduction = strategy(tokens, signals)
         self.record.decided(reduction, rows.origins)
         plan = reduction.plan
@@ -126,7 +126,7 @@ class ReduceBeforeProjector(NotCopyable):
             if signals:
                 _check_same(known, seen.features)
             rows = self._rows(known)
-            tokens = rows.tokens(known, seen.ids)
+            tokens = rows.tokens(known, seen.given_ids)
             later(features, self._known(tokens, rows.signals(signals)))
 
     def _known(self, tokens: VisualTokens, signals: Signals) -> Signals:

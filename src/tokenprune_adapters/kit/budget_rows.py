@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.gather import gather_flat, zero_fillers
 from tokenprune.kept_patches import Origin
+from tokenprune.on_read import Maker
 from tokenprune.signals import Signals
 from tokenprune.tokens import VisualTokens
 
@@ -59,17 +61,18 @@ class BudgetRows:
         mask = None if self.mask is None else self.mask.to(device)
         return BudgetRows(self.index.to(device), mask, self.patches_per_crop, self.origins)
 
-    def tokens(self, features: Tensor, ids: Tensor) -> VisualTokens:
+    def tokens(self, features: Tensor, ids: Tensor | Maker) -> VisualTokens:
         """Visual tokens of `(crops, patches, channels)` features, in rows.
 
         A patch is counted within its row: crop times patches per crop plus patch of the crop.
 
         Args:
             features: what the vision tower gave.
-            ids: `(crops,)` int64 picture that each crop shows; a row takes that of its first crop.
+            ids: `(crops,)` int64 picture that each crop shows, or what makes it; a row takes that
+                of its first crop.
         """
         first = self.index[:, 0] // self.patches_per_crop
-        ids = ids.to(features.device)[first]
+        ids = partial(_of_rows, ids, first.to(features.device))
         if self.mask is None:
             return VisualTokens.of(features, ids=ids)
         patches = self.index - first[:, None] * self.patches_per_crop
@@ -89,3 +92,8 @@ class BudgetRows:
     def signals(self, signals: Signals) -> Signals:
         """Signals of crops as signals of rows; those without an axis of tokens are left out."""
         return signals if self.mask is None else signals.along_tokens(self.take)
+
+
+def _of_rows(ids: Tensor | Maker, first: Tensor) -> Tensor:
+    made = ids if isinstance(ids, Tensor) else ids()
+    return made.to(first.device)[first]

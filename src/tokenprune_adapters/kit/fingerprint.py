@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenprune.on_read import Maker
+
 
 def fingerprint(pixels: Tensor) -> Tensor:
     """`(batch,)` int64 that depends on the pixels of each picture and on nothing else.
@@ -22,3 +24,8 @@ def fingerprint(pixels: Tensor) -> Tensor:
     bits = pixels.detach().float().flatten(1).contiguous().view(torch.int32).to(torch.int64)
     weights = torch.arange(bits.shape[1], device=bits.device) * 2 + 1
     return (bits * (weights * -7046029254386353131)).sum(1)
+
+
+def ids_of(pixels: Tensor, device: torch.device) -> Maker:
+    """`VisualTokens.ids` of pictures, on `device`: made when read, which few strategies do."""
+    return lambda: fingerprint(pixels).to(device)

@@ -23,7 +23,7 @@ from tokenprune.signals import (
 from tokenprune.tokens import VisualTokens
 
 from .attention_rows import attention, attention_margins, joint_attention, products
-from .fingerprint import fingerprint
+from .fingerprint import ids_of
 
 Answers = dict[Signal, Tensor]
 
@@ -64,7 +64,7 @@ class TowerReading(NotCopyable):
     def begin(self, pixels: Tensor) -> None:
         """Start a pass over `(batch, ...)` floating-point pixels."""
         self.observation.begin()
-        self.observation.scratch["ids"] = fingerprint(pixels)
+        self.observation.scratch["pixels"] = pixels
 
     def features(self, patches: Tensor) -> None:
         """Note the features of this pass, `(batch, tokens, channels)` without [CLS]."""
@@ -81,7 +81,7 @@ class TowerReading(NotCopyable):
         """
         scratch = self.observation.scratch
         features = scratch["features"]
-        tokens = VisualTokens.of(features, ids=scratch["ids"].to(features.device))
+        tokens = VisualTokens.of(features, ids=ids_of(scratch["pixels"], features.device))
         found = answers(self.wanted, scratch)
         self.observation.finish(tokens, found if whole is None else whole(found))
 

@@ -25,7 +25,7 @@ from tokenprune.signals import Signal, Signals
 from tokenprune.strategy import Stage
 from tokenprune.tokens import VisualTokens
 
-from ..kit.fingerprint import fingerprint
+from ..kit.fingerprint import ids_of
 from ..kit.tower_reading import answers, layers_of
 from .tower import Vit, pixels_of, read_block
 
@@ -98,7 +98,7 @@ class _Pass(NotCopyable):
                 "(model.set_grad_checkpointing(False)), or run under torch.no_grad()"
             )
         self.observation.begin()
-        self.observation.scratch["ids"] = fingerprint(pixels_of(args, kwargs))
+        self.observation.scratch["pixels"] = pixels_of(args, kwargs)
 
     def end(self, tower: nn.Module, args: object, output: object) -> None:
         if self.observation.running and output is not None:  # None after an exception
@@ -160,7 +160,7 @@ class _Step(NotCopyable):
                 patches,
                 patches=scratch.get("patches"),
                 sizes=scratch.get("sizes"),
-                ids=scratch["ids"].to(hidden.device),
+                ids=ids_of(scratch["pixels"], hidden.device),
             )
             reduction = self.stage.strategy(tokens, Signals(answers(self.wanted, scratch)))
         plan = reduction.plan
