@@ -35,7 +35,7 @@ from tokenprune.untraced import untraced
 
 from ...kit.before_projector import Ids, Sizes
 from ..attention import ReadAttention, Reader
-from ..names import calls_of
+from ..names import Call, calls_of
 from .image_slots import Images, Seats
 from .kv_cache import Shortened, state_of
 from .segment import Segment, Slots, enter
@@ -253,8 +253,16 @@ class _BeforeLayer(NotCopyable):
             reading.ask(None)
         if run is None:
             return args, kwargs
+        number = self.number
+        if reading is None and number not in self.inside.stages and not run.flash:
+            start = run.start_of(number)
+            if start == 0:
+                return args, kwargs
+            if start in run.given:  # by the first layer of the segment
+                kwargs.update(run.given[start])
+                return args, kwargs
         call = self.calls(args, kwargs)
-        hidden, number = call.hidden, self.number
+        hidden = call.hidden
         # Recomputation under gradient checkpointing comes by again, when all is decided.
         if number in self.inside.stages and number not in run.segments:
             self.inside.open_segment(run, number, hidden)
@@ -274,6 +282,10 @@ class _BeforeLayer(NotCopyable):
             call.rotary = run.rotary[start]
             call.positions = segment.positions
             call.mask = segment.mask
+            names = [call.find(each.names)[0] for each in (Call.rotary, Call.positions, Call.mask)]
+            given = {name: call.kwargs[name] for name in names if name is not None}
+            if len(given) == len(names):
+                run.given[start] = given
         if run.flash:
             # The rotary embedding is made; flash would take gaps for seams of packed sequences.
             call.positions = segment.counted

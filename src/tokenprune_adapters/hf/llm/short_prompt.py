@@ -74,6 +74,7 @@ class Run:
         asked: queries and keys of the latest segment, by layer, that a stage will read.
         rows: attention rows of the text of the latest segment, by signal and layer.
         rotary: cosine and sine of each segment but the first, by its first layer.
+        given: arguments by name of all layers of a segment, by its first layer.
         merges: what stages have merged, by their layer.
         flash: whether the attention is FlashAttention.
     """
@@ -89,6 +90,7 @@ class Run:
     asked: dict[int, Asked] = field(default_factory=dict)
     rows: dict[tuple[type[Signal], int], Tensor] = field(default_factory=dict)
     rotary: dict[int, Any] = field(default_factory=dict)
+    given: dict[int, dict[str, Any]] = field(default_factory=dict)
     merges: dict[int, tuple[Seats, Plan]] = field(default_factory=dict)
     flash: bool = False
 
