@@ -23,7 +23,8 @@ from .candidates_guard import RefuseCandidates
 from .llava_parts import SameParts, hide_marks, keep_private
 from .llm.image_slots import Images
 from .llm.inner_stages import QueryAttention, ReduceInside
-from .llm.short_prompt import IMAGES, TEXT, VISUAL, ShortenPrompts
+from .llm.run import IMAGES, TEXT, VISUAL
+from .llm.short_prompt import ShortenPrompts
 from .llm.signal_cache import SignalCache
 from .names import Call, Output, calls_of
 

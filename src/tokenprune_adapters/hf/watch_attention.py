@@ -24,7 +24,7 @@ from .candidates_guard import RefuseCandidates
 from .checks import check_llm
 from .llm.image_slots import Images, Seats
 from .llm.kv_cache import check_cache, state_of
-from .llm.short_prompt import are_seams, steps_of
+from .llm.padding import are_seams, steps_of
 from .llm.text_attention import Prompts, last_rows
 from .names import Output, calls_of
 from .stage_hooks import FindImages

@@ -38,8 +38,8 @@ from ..attention import ReadAttention, Reader
 from ..names import Call, calls_of
 from .image_slots import Images, Seats
 from .kv_cache import Shortened, state_of
+from .run import RUN, Run
 from .segment import Segment, Slots, enter
-from .short_prompt import RUN, Run
 from .signal_cache import SignalCache, fitted
 from .text_attention import Prompts, last_rows, text_rows
 

@@ -9,28 +9,24 @@ business of `inner_stages.py`, whose hooks work on the `Run` that is made here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedError
 from tokenprune.hooks import NotCopyable, Removable
-from tokenprune.kept_patches import Origin
 from tokenprune.placement import Positions
-from tokenprune.plan import Plan
 from tokenprune.report import Record
-from tokenprune.signals import Signal, Signals
 from tokenprune.untraced import untraced
 
 from ...kit.carry import carried, carry
 from ...kit.marks import marked
-from ...kit.prompt_layout import PromptLayout, samples
-from ..anatomy import attention_of, makes_cache
-from ..attention import Asked
+from ...kit.prompt_layout import PromptLayout
+from ..anatomy import attention_of
 from ..names import Call, Hooked, Output, calls_of
-from .image_slots import Images, Seats
+from .image_slots import Images
 from .kv_cache import (
     Shortened,
     check_cache,
@@ -40,75 +36,18 @@ from .kv_cache import (
     state_of,
     stored_bytes,
 )
-from .segment import Segment, Slots, enter
-
-RUN = "tokenprune_run"
-"""Name of the private argument that takes a `Run` to the layers, which pop it."""
-
-TEXT = "tokenprune_text"
-"""Name of the private argument that says that a pass brings no pictures, so nothing is searched."""
-
-IMAGES = "tokenprune_images"
-"""Name of the private argument that makes `Images`, which tell which slots are visual, or None."""
-
-VISUAL = "tokenprune_visual"
-"""Name of the private argument that brings a bool for each slot: whether it is a placeholder."""
-
-
-@dataclass(eq=False)
-class Run:
-    """Run of a language model: one forward pass with something reduced.
-
-    The hook before the model makes it and knows the first segment; stages inside the model add
-    theirs as their layers come.
-
-    Attributes:
-        cache: the pass's cache, or None.
-        past: its logical length before the pass.
-        segments: by the number of their first layer, in order.
-        images: which slots of the latest segment are visual, where stages inside want to know.
-        known: signals of the vision tower about the tokens that are left of the images.
-        counts: tokens of each image, by the layer from which on they are left; 0 is the input.
-        origins: what each image is, for the report; None for a copy of another one.
-        seats: where the visual tokens of the latest segment sit, once a layer has asked.
-        asked: queries and keys of the latest segment, by layer, that a stage will read.
-        rows: attention rows of the text of the latest segment, by signal and layer.
-        rotary: cosine and sine of each segment but the first, by its first layer.
-        given: arguments by name of all layers of a segment, by its first layer.
-        merges: what stages have merged, by their layer.
-        flash: whether the attention is FlashAttention.
-    """
-
-    cache: Any
-    past: int
-    segments: dict[int, Segment]
-    images: Images | None = None
-    known: Signals | None = None
-    counts: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    origins: tuple[Origin | None, ...] = ()
-    seats: Seats | None = None
-    asked: dict[int, Asked] = field(default_factory=dict)
-    rows: dict[tuple[type[Signal], int], Tensor] = field(default_factory=dict)
-    rotary: dict[int, Any] = field(default_factory=dict)
-    given: dict[int, dict[str, Any]] = field(default_factory=dict)
-    merges: dict[int, tuple[Seats, Plan]] = field(default_factory=dict)
-    flash: bool = False
-
-    def start_of(self, layer: int) -> int:
-        """The first layer of the segment that `layer` belongs to, as far as is known."""
-        return max(start for start in self.segments if start <= layer)
-
-    def segment_of(self, layer: int) -> Segment:
-        """The segment that `layer` belongs to, as far as is known."""
-        return self.segments[self.start_of(layer)]
-
-    def restore(self, x: Tensor, layer: int) -> Tensor:
-        """Hidden states of the segment of `layer` back at the caller's slots."""
-        for start in sorted(self.segments, reverse=True):
-            layout = self.segments[start].layout
-            if start <= layer and layout is not None:
-                x = layout.restore(x)
-        return x
+from .padding import (
+    are_seams,
+    is_padding_mask,
+    length_of,
+    no_images,
+    positions_of,
+    real_columns,
+    refuse_mask,
+    steps_of,
+)
+from .run import IMAGES, RUN, TEXT, VISUAL, Run
+from .segment import Slots, enter
 
 
 class ShortenPrompts(NotCopyable):
@@ -149,7 +88,7 @@ class ShortenPrompts(NotCopyable):
         self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         text: bool = kwargs.pop(TEXT, False)
-        find: Callable[[], Images | None] = kwargs.pop(IMAGES, _none)
+        find: Callable[[], Images | None] = kwargs.pop(IMAGES, no_images)
         visual: Tensor | None = kwargs.pop(VISUAL, None)
         call = self.calls(args, kwargs)
         if call.embeds is None:
@@ -169,9 +108,9 @@ class ShortenPrompts(NotCopyable):
         """Look for marks and images, and enter what is left of the prompt; one sync."""
         embeds: Any = call.embeds
         drop, images = marked(embeds), find()
-        past = _length(call.cache)
-        usable = _is_padding_mask(call.mask, past, drop)
-        real = _real_columns(call.mask if usable else None, past, drop)[0]
+        past = length_of(call.cache)
+        usable = is_padding_mask(call.mask, past, drop)
+        real = real_columns(call.mask if usable else None, past, drop)[0]
         seen = drop[:, :0] if images is None else images.among(real).visual
         images = None if images is None else images.among(real & ~drop).printed(embeds)
         hidden = drop[:, :0] if visual is None else visual & ~real & ~drop
@@ -209,10 +148,10 @@ class ShortenPrompts(NotCopyable):
         """
         llm, cache, starts = self.llm, call.cache, self.starts
         embeds: Any = call.embeds
-        (batch, columns), past = embeds.shape[:2], _length(cache)
+        (batch, columns), past = embeds.shape[:2], length_of(cache)
         like = embeds[:, :, 0]
-        if not _is_padding_mask(call.mask, past, like):
-            _refuse_mask(call.mask, past, like)
+        if not is_padding_mask(call.mask, past, like):
+            refuse_mask(call.mask, past, like)
         if call.flash_seams is not None:
             raise UnsupportedError(
                 "cu_seq_lens tell where conversations of the unshortened prompt end; leave them "
@@ -220,7 +159,7 @@ class ShortenPrompts(NotCopyable):
             )
         check_cache(cache)
         check_starts(cache, starts)
-        real, real_past = _real_columns(call.mask, past, like)
+        real, real_past = real_columns(call.mask, past, like)
         steps = steps_of(llm, call, (batch, columns))
         if seen is None:
             seen = _Seen(None, None, call.mask is None, False)
@@ -231,7 +170,7 @@ class ShortenPrompts(NotCopyable):
         images = seen.images
         fresh = Shortened(0, real_past, torch.zeros_like(like[:, 0], dtype=torch.int64), 0)
         known = state_of(cache, 0) or fresh
-        positions = _positions(call.positions, past, like) - known.moved[:, None]
+        positions = positions_of(call.positions, past, like) - known.moved[:, None]
         sample = steps if seen.gaps and are_seams(llm, call, seen.all_real) else None
         columns_real = None if seen.all_real else real
         slots = Slots(seen.drop, columns_real, positions, sample, seen.gaps, seen.facts)
@@ -304,33 +243,6 @@ class ShortenPrompts(NotCopyable):
         return given.replaced(last=run.restore(given.last, max(run.segments)), states=states)
 
 
-def steps_of(llm: nn.Module, call: Call, shape: Sequence[int]) -> Tensor | None:
-    """`(batch, slots)` int64: a number that grows where position ids do not go on by one.
-
-    None where transformers does not look: beside a cache FlashAttention alone does, in a batch of
-    one row.
-
-    Args:
-        llm: the language model.
-        call: a call of it, or of a model that hands these arguments on to it.
-        shape: batch and slots.
-    """
-    batch, slots = shape
-    if call.positions is None or slots == 1:
-        return None
-    cached = call.cache is not None or makes_cache(llm, call.wants_cache)
-    looks = not cached or ("flash" in attention_of(llm) and batch == 1)
-    return samples(call.positions.expand(batch, slots)) if looks else None
-
-
-def are_seams(llm: nn.Module, call: Call, all_real: bool) -> bool:
-    """Whether steps in position ids are seams between conversations: no mask says otherwise.
-
-    A mask without padding is none to FlashAttention.
-    """
-    return call.mask is None or (all_real and "flash" in attention_of(llm))
-
-
 @dataclass(frozen=True, eq=False)
 class _Seen:
     """Findings of a look at a pass.
@@ -348,45 +260,3 @@ class _Seen:
     all_real: bool
     gaps: bool
     facts: Sequence[int] | None = None
-
-
-def _none() -> None:
-    """No images."""
-
-
-def _length(cache: Any) -> int:
-    """Logical length of a cache before the pass."""
-    return int(cache.get_seq_length()) if cache is not None else 0
-
-
-def _is_padding_mask(mask: Any, past: int, drop: Tensor) -> bool:
-    if mask is None:
-        return True
-    columns = (drop.shape[0], past + drop.shape[1])
-    return isinstance(mask, Tensor) and tuple(mask.shape) == columns
-
-
-def _refuse_mask(mask: Any, past: int, drop: Tensor) -> NoReturn:
-    got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-    raise UnsupportedError(
-        "attention_mask must have axes (batch tokens) = "
-        f"{(drop.shape[0], past + drop.shape[1])} to shorten a prompt, got {got}; static caches "
-        "and custom 4-D masks are not supported"
-    )
-
-
-def _real_columns(mask: Tensor | None, past: int, drop: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Which new and which past columns are real, as bool; None for a past without padding."""
-    if mask is None:
-        return torch.ones_like(drop, dtype=torch.bool), None
-    real = mask.to(device=drop.device, dtype=torch.bool)
-    return real[:, past:], real[:, :past] if past else None
-
-
-def _positions(given: Tensor | None, past: int, drop: Tensor) -> Tensor:
-    """`(batch, tokens)` int64 logical positions, the model's own default where none are given."""
-    if given is None:
-        given = torch.arange(past, past + drop.shape[1], device=drop.device)[None]
-    if given.ndim != 2:
-        raise UnsupportedError(f"position_ids must be (batch tokens), got {tuple(given.shape)}")
-    return given.to(drop.device).expand(drop.shape)
