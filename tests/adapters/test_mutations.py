@@ -116,7 +116,7 @@ def _edit_states(patch: Patch, **changes: Callable[[Any], Any]) -> None:
 
 
 def decode_position_not_shifted(patch: Patch) -> None:
-    _edit_states(patch, moved=lambda state: torch.zeros_like(state.moved))
+    _edit_states(patch, moved=lambda state: None)
 
 
 def prompt_position_not_shifted(patch: Patch) -> None:

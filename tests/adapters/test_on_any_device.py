@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 import tokenprune
 from support import llava_next, video_llava
@@ -17,7 +18,7 @@ from support.llava_next import tiny_llava_next
 from support.video_llava import tiny_video_llava
 from tokenprune import ClsAttention, Signals
 from tokenprune_adapters.hf.llm.image_slots import feature_prints
-from tokenprune_adapters.hf.llm.kv_cache import Shortened
+from tokenprune_adapters.hf.llm.kv_cache import Shortened, ShortenedLayer
 from tokenprune_adapters.hf.llm.segment import Slots, enter
 from tokenprune_adapters.hf.llm.signal_cache import SignalCache
 
@@ -129,5 +130,7 @@ def test_what_is_known_is_brought_to_the_prints() -> None:
 def test_numbers_of_beams_are_brought_to_the_layers(valid: Tensor | None) -> None:
     """They come on one device, while layers may sit on several."""
     state = Shortened(1, valid, torch.zeros(2, dtype=torch.int64), 0)
+    layer = ShortenedLayer.of(DynamicLayer(), state)
+    layer.lazy_initialization(torch.rand(2, 1, 3, 4), torch.rand(2, 1, 3, 4))
     with pytest.raises(NotImplementedError, match="out of meta"):
-        state.select(torch.tensor([1, 0], device=META))
+        layer.reorder_cache(torch.tensor([1, 0], device=META))

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaModel
 from typer.testing import CliRunner
@@ -49,9 +49,13 @@ def mask_not_applied(patch: Patch) -> None:
     patch.setattr(segment, "_mask", lambda *args: None)
 
 
+def _one_more(moved: Tensor | None) -> Tensor:
+    return torch.ones(1, dtype=torch.int64) if moved is None else moved + 1
+
+
 def positions_off_by_one_while_decoding(patch: Patch) -> None:
     def note(cache: Any, states: dict[int, Any]) -> None:
-        moved = {start: replace(s, moved=s.moved + 1) for start, s in states.items()}
+        moved = {start: replace(s, moved=_one_more(s.moved)) for start, s in states.items()}
         original(cache, moved)
 
     original = short_prompt.note

@@ -183,7 +183,7 @@ def _edit_late(patch: Patch, change: Callable[[Any, dict[str, Any], dict[str, An
 
 
 def decode_position_not_shifted(patch: Patch) -> None:
-    _edit_states(patch, moved=lambda state: torch.zeros_like(state.moved))
+    _edit_states(patch, moved=lambda state: None)
 
 
 def physical_sequence_length(patch: Patch) -> None:
@@ -385,7 +385,7 @@ def earlier_segments_forgotten(patch: Patch) -> None:
 
     def _segment(self: Any, run: Any, start: int, previous: Any, drop: Any) -> Any:
         made = original(self, run, start, previous, drop)
-        return replace(made, after=replace(made.after, moved=made.after.moved * 0))
+        return replace(made, after=replace(made.after, moved=None))
 
     original = inner_stages.ReduceInside._segment
     patch.setattr(inner_stages.ReduceInside, "_segment", _segment)

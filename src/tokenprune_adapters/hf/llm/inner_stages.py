@@ -35,9 +35,9 @@ from tokenprune.untraced import untraced
 
 from ...kit.before_projector import Ids, Sizes
 from ..attention import ReadAttention, Reader
-from ..names import Call, calls_of
+from ..names import Call, Hooked, calls_of
 from .image_slots import Images, Seats
-from .kv_cache import Shortened, state_of
+from .kv_cache import Shortened, difference, moved_down, state_of, total
 from .run import RUN, Run
 from .segment import Segment, Slots, enter
 from .signal_cache import SignalCache, fitted
@@ -218,20 +218,21 @@ class ReduceInside(NotCopyable):
         """The segment from `start` on, which computes what `previous` does without `drop`."""
         state = state_of(run.cache, start)
         if state is None:
-            moved = torch.zeros_like(previous.before.moved)
-            state = Shortened(0, run.segments[0].before.valid, moved, 0)
+            state = Shortened(0, run.segments[0].before.valid, None, 0)
         # Where earlier prompts of the cache were shortened, positions have moved by segments.
-        positions = previous.positions + (previous.before.moved - state.moved)[:, None]
+        back = difference(state.moved, previous.before.moved)
+        positions = moved_down(previous.positions, back)
         placement = self.stages[start].placement
         assert isinstance(placement, AfterLayer)
         cached = run.cache is not None
         slots = Slots(drop, previous.real, positions, previous.sample)
         segment = enter(slots, state, run.past, placement.positions, self.llm, cached)
         # What earlier segments have left out and moved in this very pass is gone here, too.
+        moved = difference(previous.after.moved, previous.before.moved)
         after = replace(
             segment.after,
             offset=segment.after.offset + previous.after.offset - previous.before.offset,
-            moved=segment.after.moved + previous.after.moved - previous.before.moved,
+            moved=total(segment.after.moved, moved),
         )
         return replace(segment, after=after)
 
@@ -242,18 +243,18 @@ class _BeforeLayer(NotCopyable):
     def __init__(self, inside: ReduceInside, number: int) -> None:
         self.inside = inside
         self.number = number
+        self.reading = inside.reading.get(number)
         self.calls = calls_of(inside.llm.layers[number])
 
     def before(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> Hooked | None:
         run: Run | None = kwargs.pop(RUN, None)
-        reading = self.inside.reading.get(self.number)
+        reading, number = self.reading, self.number
         if reading is not None:
             reading.ask(None)
         if run is None:
-            return args, kwargs
-        number = self.number
+            return None  # which costs less than the same arguments
         if reading is None and number not in self.inside.stages and not run.flash:
             start = run.start_of(number)
             if start == 0:

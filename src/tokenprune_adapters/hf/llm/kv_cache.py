@@ -7,10 +7,10 @@ of the cache: it follows beams, copies, turns and threads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -24,21 +24,23 @@ class Shortened:
     Attributes:
         offset: logical slots that have no physical one.
         valid: `(batch, physical)` bool, False for fillers; None where there are none.
-        moved: `(batch,)` int64, by how much the positions of later tokens move down.
+        moved: `(batch,)` int64, by how much the positions of later tokens move down; None where
+            they stay.
         tail: newest slots that are one to one, which may be cropped away again.
     """
 
     offset: int
     valid: Tensor | None
-    moved: Tensor
+    moved: Tensor | None
     tail: int
 
-    def select(self, rows: Tensor) -> Shortened:
-        """These rows of the batch."""
-        valid = (
-            None if self.valid is None else self.valid.index_select(0, rows.to(self.valid.device))
-        )
-        moved = self.moved.index_select(0, rows.to(self.moved.device))
+    def of_rows(self, taken: Callable[[Tensor], Tensor]) -> Shortened:
+        """The state of a cache whose rows are other ones.
+
+        Args:
+            taken: function that makes them, from `(batch, ...)`.
+        """
+        valid, moved = (None if x is None else taken(x) for x in (self.valid, self.moved))
         return replace(self, valid=valid, moved=moved)
 
 
@@ -92,16 +94,15 @@ class ShortenedLayer(DynamicLayer):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.state = self.state.select(beam_idx)
+        self.state = self.state.of_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self.state = self.state.select(indices)
+        self.state = self.state.of_rows(lambda x: x[indices.to(x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        rows = torch.arange(self.state.moved.shape[0], device=self.state.moved.device)
-        self.state = self.state.select(rows.repeat_interleave(repeats))
+        self.state = self.state.of_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def reset(self) -> NoReturn:
         raise UnsupportedError("cannot reset a cache whose prompt was shortened; make a new one")
@@ -112,6 +113,25 @@ def state_of(cache: Cache | None, number: int | None = None) -> Shortened | None
     layers = cache.layers if cache is not None else []
     layers = layers if number is None else layers[number : number + 1]
     return next((layer.state for layer in layers if isinstance(layer, ShortenedLayer)), None)
+
+
+def moved_down(positions: Tensor, *moved: Tensor | None) -> Tensor:
+    """`(batch, slots)` positions that are less by each of `(batch,)` `moved`."""
+    for by in moved:
+        positions = positions if by is None else positions - by[:, None]
+    return positions
+
+
+def difference(moved: Tensor | None, without: Tensor | None) -> Tensor | None:
+    """`moved` minus `without`; None where nothing has moved."""
+    if moved is None or without is None:
+        return moved if without is None else -without
+    return moved - without
+
+
+def total(moved: Tensor | None, more: Tensor | None) -> Tensor | None:
+    """`moved` plus `more`; None where nothing has moved."""
+    return moved if more is None else more if moved is None else moved + more
 
 
 def check_cache(cache: Cache | None) -> None:

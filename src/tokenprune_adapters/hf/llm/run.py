@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenprune.kept_patches import Origin
@@ -66,6 +67,17 @@ class Run:
     given: dict[int, dict[str, Any]] = field(default_factory=dict)
     merges: dict[int, tuple[Seats, Plan]] = field(default_factory=dict)
     flash: bool = False
+
+    @property
+    def concerns_layers(self) -> bool:
+        """Whether layers have anything to decide, or to get that the model does not give them."""
+        first = self.segments[0]
+        same = all(
+            each.mask is first.mask and each.positions is first.positions
+            for each in self.segments.values()
+        )
+        # Where the model is traced, it may make a mask of its own where it is told of none.
+        return self.images is not None or self.flash or not same or torch.compiler.is_compiling()
 
     def start_of(self, layer: int) -> int:
         """The first layer of the segment that `layer` belongs to, as far as is known."""

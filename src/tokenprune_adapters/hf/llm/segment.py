@@ -20,7 +20,7 @@ from tokenprune.strategy import Stage
 
 from ...kit.prompt_layout import PromptLayout, before_sample, causal_mask
 from ..anatomy import attention_of
-from .kv_cache import Shortened
+from .kv_cache import Shortened, total
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ def enter(
     """
     batch, logical = slots.positions.shape
     layout, real, positions, sample = None, slots.real, slots.positions, slots.sample
-    moved = torch.zeros(batch, dtype=torch.int64, device=positions.device)
+    moved: Tensor | None = None
     if slots.drop is not None:
         if counting == "reindexed":
             moves = slots.drop.cumsum(1)
@@ -130,7 +130,7 @@ def enter(
     after = Shortened(
         before.offset + logical - queries,
         valid,
-        before.moved + moved,
+        total(before.moved, moved),
         before.tail + queries if layout is None else layout.tail,
     )
     # Gaps in the positions of a prompt that has neither mask nor cache would be taken for the

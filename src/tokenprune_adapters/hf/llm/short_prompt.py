@@ -32,6 +32,7 @@ from .kv_cache import (
     check_cache,
     check_starts,
     expect_update,
+    moved_down,
     note,
     state_of,
     stored_bytes,
@@ -168,12 +169,13 @@ class ShortenPrompts(NotCopyable):
                 seams = real.new_zeros(()) if steps is None else steps[:, -1].any()
                 seen = _Seen(None, None, *torch.stack([real.all(), seams]).tolist())
         images = seen.images
-        fresh = Shortened(0, real_past, torch.zeros_like(like[:, 0], dtype=torch.int64), 0)
+        fresh = Shortened(0, real_past, None, 0)
         known = state_of(cache, 0) or fresh
-        positions = positions_of(call.positions, past, like) - known.moved[:, None]
+        positions = positions_of(call.positions, past, like)
         sample = steps if seen.gaps and are_seams(llm, call, seen.all_real) else None
         columns_real = None if seen.all_real else real
-        slots = Slots(seen.drop, columns_real, positions, sample, seen.gaps, seen.facts)
+        placed = moved_down(positions, known.moved)
+        slots = Slots(seen.drop, columns_real, placed, sample, seen.gaps, seen.facts)
         first = enter(slots, known, past, self.positions, llm, cache is not None)
         run = Run(cache, past, {0: first}, flash="flash" in attention_of(llm))
         if starts and images is not None:
@@ -181,15 +183,14 @@ class ShortenPrompts(NotCopyable):
         else:
             for start in starts:
                 state = state_of(cache, start) or fresh
-                moved = positions + (known.moved - state.moved)[:, None]
-                same = Slots(None, slots.real, moved, sample)
+                same = Slots(None, slots.real, moved_down(positions, state.moved), sample)
                 run.segments[start] = enter(same, state, past, "original", llm, cache is not None)
         if first.layout is not None:
             embeds = first.layout.shorten(embeds)
         call.embeds = carry(embeds, run)
         call.positions = first.positions
         call.mask = first.mask
-        if self.to_layers:
+        if self.to_layers and run.concerns_layers:
             call.kwargs[RUN] = run
         expect_update(cache)
         return call.hooked
