@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, StaticCache
+from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
 import tokenprune
 from support.llava import (
@@ -203,32 +203,19 @@ def _call(**options: Any) -> Callable[[Any], Any]:
     return call
 
 
-def _static(model: Any) -> Any:
-    width = collate(prompts())["input_ids"].shape[1]
-    cache = StaticCache(config=model.config.text_config, max_cache_len=width + 8)
-    return _call(past_key_values=cache)(model)
-
-
 @torch.no_grad()
 def _project(model: Any) -> Any:
     return model.model.multi_modal_projector(torch.zeros(1, PATCHES, 32))
 
 
-_FOUR_D = torch.ones(3, 1, 41, 41, dtype=torch.bool).tril()
+_FOUR_D = torch.ones(3, 1, 41, 41, dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
     ("use", "error", "words"),
     [
-        (
-            lambda model: generate(
-                model, collate(prompts()), cache_implementation="static", disable_compile=True
-            ),
-            UnsupportedError,
-            "static cache|StaticLayer.*use a DynamicCache",
-        ),
-        (_static, UnsupportedError, r"StaticLayer.*cannot hold a shortened prompt; use a Dynamic"),
-        (_call(attention_mask=_FOUR_D), UnsupportedError, r"got \(3, 1, 41, 41\).*4-D masks"),
+        (_call(attention_mask=_FOUR_D), UnsupportedError, "4-D attention_mask that is not causal"),
+        (_call(attention_mask=_FOUR_D[:, 0]), UnsupportedError, r"got \(3, 41, 41\); custom masks"),
         (_call(vision_feature_layer=-1), UnsupportedError, "configured vision_feature_layer; set"),
         (_call(vision_feature_select_strategy="full"), UnsupportedError, "17 tokens per image wh"),
         (
@@ -238,12 +225,11 @@ _FOUR_D = torch.ones(3, 1, 41, 41, dtype=torch.bool).tril()
         ),
         (_project, MissingSignalError, "projector ran without the vision tower.*or detach"),
     ],
-    ids=["generate static", "static", "4-D mask", "layer", "select", "positions", "projector"],
+    ids=["4-D mask", "3-D mask", "layer", "select", "positions", "projector"],
 )
 def test_calls_that_cannot_be_served(
     use: Callable[[Any], Any], error: type[Exception], words: str
 ) -> None:
-    # A model of its own: old transformers keep a static cache on it, even of a run that failed.
     model = tiny_llava()
     with tokenprune.attach(model, spec(4)):
         with pytest.raises(error, match=words):

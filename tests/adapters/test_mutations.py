@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import tokenprune
@@ -17,7 +18,7 @@ from support.llava import Row, collate, generate, picture, prompts, pruned, spec
 from support.oracle import compressed_embeddings, greedy_batch, hidden_states, loss
 from tokenprune_adapters.hf import clip_tower
 from tokenprune_adapters.hf.llm import inner_stages, segment, short_prompt
-from tokenprune_adapters.hf.llm.kv_cache import ShortenedLayer
+from tokenprune_adapters.hf.llm.cache_layers import ShortenedDynamicLayer
 from tokenprune_adapters.kit import prompt_layout, tower_reading
 
 from .conftest import MakeLlava
@@ -120,23 +121,23 @@ def decode_position_not_shifted(patch: Patch) -> None:
 
 
 def prompt_position_not_shifted(patch: Patch) -> None:
-    def enter(slots: Any, before: Any, past: int, positions: str, *rest: Any) -> Any:
-        return original(slots, before, past, "original", *rest)
+    def enter(slots: Any, before: Any, whole: Any, positions: str, *rest: Any) -> Any:
+        return original(slots, before, whole, "original", *rest)
 
     original = segment.enter
     patch.setattr(short_prompt, "enter", enter)
 
 
 def positions_shifted_where_they_should_not(patch: Patch) -> None:
-    def enter(slots: Any, before: Any, past: int, positions: str, *rest: Any) -> Any:
-        return original(slots, before, past, "reindexed", *rest)
+    def enter(slots: Any, before: Any, whole: Any, positions: str, *rest: Any) -> Any:
+        return original(slots, before, whole, "reindexed", *rest)
 
     original = segment.enter
     patch.setattr(short_prompt, "enter", enter)
 
 
 def physical_sequence_length(patch: Patch) -> None:
-    patch.setattr(ShortenedLayer, "get_seq_length", DynamicLayer.get_seq_length)
+    patch.setattr(ShortenedDynamicLayer, "get_seq_length", DynamicLayer.get_seq_length)
 
 
 def columns_of_the_users_mask(patch: Patch) -> None:
@@ -180,8 +181,8 @@ def positions_from_the_wrong_slots(patch: Patch) -> None:
 
 
 def no_mask_over_gaps(patch: Patch) -> None:
-    def enter(*args: Any) -> Any:
-        return segment.enter(*args[:-1], True)
+    def enter(slots: Any, before: Any, whole: Any, *rest: Any) -> Any:
+        return segment.enter(slots, before, replace(whole, cache=DynamicCache()), *rest)
 
     patch.setattr(short_prompt, "enter", enter)
 
@@ -197,7 +198,7 @@ def flash_sees_position_ids(patch: Patch) -> None:
 
 
 def rows_of_the_cache_mixed_up(patch: Patch) -> None:
-    patch.setattr(ShortenedLayer, "batch_select_indices", DynamicLayer.batch_select_indices)
+    patch.setattr(ShortenedDynamicLayer, "batch_select_indices", DynamicLayer.batch_select_indices)
 
 
 def least_attended(patch: Patch) -> None:

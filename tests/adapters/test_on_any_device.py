@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import tokenprune
@@ -17,9 +18,9 @@ from support.llava import Row, collate, generate, picture, prompts, tiny_llava
 from support.llava_next import tiny_llava_next
 from support.video_llava import tiny_video_llava
 from tokenprune import ClsAttention, Signals
+from tokenprune_adapters.hf.llm.cache_layers import Shortened, ShortenedDynamicLayer
 from tokenprune_adapters.hf.llm.image_slots import feature_prints
-from tokenprune_adapters.hf.llm.kv_cache import Shortened, ShortenedLayer
-from tokenprune_adapters.hf.llm.segment import Slots, enter
+from tokenprune_adapters.hf.llm.segment import Pass, Slots, enter
 from tokenprune_adapters.hf.llm.signal_cache import SignalCache
 
 from .conftest import MakeLlava
@@ -110,7 +111,8 @@ def test_masks_are_made_where_the_prompt_is(attention: str) -> None:
     llm = tiny_llava(attention).model.language_model
     place = torch.arange(5, 8, device=META)[None]
     before = Shortened(2, None, torch.zeros(1, dtype=torch.int64, device=META), 4)
-    segment = enter(Slots(None, None, place), before, 5, "original", llm, True)
+    whole = Pass(llm, DynamicCache(), 5, 3)
+    segment = enter(Slots(None, None, place), before, whole, "original", 0)
     assert segment.mask is not None
     assert segment.mask.device == META
     assert segment.mask.shape == (1, 1, 3, 6)
@@ -130,7 +132,7 @@ def test_what_is_known_is_brought_to_the_prints() -> None:
 def test_numbers_of_beams_are_brought_to_the_layers(valid: Tensor | None) -> None:
     """They come on one device, while layers may sit on several."""
     state = Shortened(1, valid, torch.zeros(2, dtype=torch.int64), 0)
-    layer = ShortenedLayer.of(DynamicLayer(), state)
+    layer = ShortenedDynamicLayer.of(DynamicLayer(), state)
     layer.lazy_initialization(torch.rand(2, 1, 3, 4), torch.rand(2, 1, 3, 4))
     with pytest.raises(NotImplementedError, match="out of meta"):
         layer.reorder_cache(torch.tensor([1, 0], device=META))

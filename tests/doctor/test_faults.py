@@ -63,9 +63,9 @@ def positions_off_by_one_while_decoding(patch: Patch) -> None:
 
 
 def other_policy_of_positions(patch: Patch) -> None:
-    def enter(slots: Any, before: Any, past: int, positions: str, *rest: Any) -> Any:
+    def enter(slots: Any, before: Any, whole: Any, positions: str, *rest: Any) -> Any:
         other = {"original": "reindexed", "reindexed": "original"}[positions]
-        return original(slots, before, past, other, *rest)
+        return original(slots, before, whole, other, *rest)
 
     original = segment.enter
     patch.setattr(short_prompt, "enter", enter)

@@ -23,7 +23,7 @@ from .attention import Asked, ReadAttention
 from .candidates_guard import RefuseCandidates
 from .checks import check_llm
 from .llm.image_slots import Images, Seats
-from .llm.kv_cache import check_cache, state_of
+from .llm.kv_cache import Room, check_cache, state_of
 from .llm.padding import are_seams, steps_of
 from .llm.text_attention import Prompts, last_rows
 from .names import Output, calls_of
@@ -102,6 +102,11 @@ class WatchAttention(NotCopyable):
         images = self.find.find(call)
         ids, cache = call.ids, call.cache
         check_cache(cache)
+        if Room.of(cache, 0) is not None:
+            raise UnsupportedError(
+                "static caches have no length that is told step by step; use a DynamicCache "
+                "(cache_implementation='dynamic', the default) to watch what is attended to"
+            )
         assert ids is not None
         past = 0 if cache is None else int(cache.get_seq_length())
         seats = None if images is None else images.asked().seats()

@@ -114,6 +114,7 @@ def causal_mask(
     attention: str,
     like: Tensor,
     sample: Tensor | None = None,
+    stored: int | Tensor | None = None,
 ) -> Tensor | None:
     """Mask over physical slots for an attention implementation of transformers.
 
@@ -129,6 +130,7 @@ def causal_mask(
         like: tensor of the dtype and device of the hidden states.
         sample: `(batch, keys)` int64, the conversation of each slot, which sees no other; None
             where rows hold one.
+        stored: number of the slot of the first query; by default queries are the newest keys.
 
     Returns:
         `(batch, 1, queries, keys)` bool for sdpa, additive for eager, or for flash attention the
@@ -137,13 +139,15 @@ def causal_mask(
     if "flash" in attention:
         return valid
     slots = torch.arange(keys, device=like.device)
-    visible = slots[None, :] <= slots[keys - queries :, None]
+    stored = keys - queries if stored is None else stored
+    asking = stored + torch.arange(queries, device=like.device)[:, None]
+    visible = slots[None, :] <= asking
     visible = visible.expand(batch, 1, queries, keys)
     if sample is not None:
         visible = visible & (sample[:, None, keys - queries :, None] == sample[:, None, None, :])
     if valid is not None:
         # A filler sees itself: a query that sees nothing is NaN in some kernels.
-        itself = slots[None, :] == slots[keys - queries :, None]
+        itself = slots[None, :] == asking
         visible = (visible & valid[:, None, None, :]) | itself
     if attention == "sdpa":
         return visible

@@ -241,16 +241,6 @@ def test_an_exception_half_way_leaves_nothing_behind(llava: Any) -> None:
 # ---------------------------------------------------------------------------- what is refused
 
 
-def test_a_static_cache_is_refused() -> None:
-    # A model of its own: old transformers keep a static cache on it, even of a run that failed.
-    model = tiny_llava()
-    with (
-        tokenprune.attach(model, FASTV),
-        pytest.raises(UnsupportedError, match="static caches and custom 4-D masks"),
-    ):
-        generate(model, collate(prompts()), cache_implementation="static")
-
-
 def test_an_offloaded_cache_is_refused(llava: Any) -> None:
     cache = DynamicCache()
     cache.offloading = True  # its constructor wants a GPU
@@ -291,7 +281,7 @@ def test_custom_masks_are_refused(llava: Any) -> None:
     inputs["attention_mask"] = torch.ones(1, 1, width, width).tril()
     with (
         tokenprune.attach(model, CLS),
-        pytest.raises(UnsupportedError, match=r"got \(1, 1, 22, 22\)"),
+        pytest.raises(UnsupportedError, match="4-D attention_mask that is not causal"),
     ):
         model(**inputs)
 

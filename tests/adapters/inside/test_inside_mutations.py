@@ -26,8 +26,8 @@ from tokenprune_adapters.hf.llm import (
     signal_cache,
     text_attention,
 )
+from tokenprune_adapters.hf.llm.cache_layers import ShortenedDynamicLayer
 from tokenprune_adapters.hf.llm.image_slots import Images, Seats
-from tokenprune_adapters.hf.llm.kv_cache import ShortenedLayer
 from tokenprune_adapters.hf.llm.text_attention import Prompts
 from tokenprune_adapters.kit import prompt_layout
 
@@ -187,7 +187,7 @@ def decode_position_not_shifted(patch: Patch) -> None:
 
 
 def physical_sequence_length(patch: Patch) -> None:
-    patch.setattr(ShortenedLayer, "get_seq_length", DynamicLayer.get_seq_length)
+    patch.setattr(ShortenedDynamicLayer, "get_seq_length", DynamicLayer.get_seq_length)
 
 
 def columns_of_the_users_mask(patch: Patch) -> None:
@@ -225,8 +225,8 @@ def late_layers_without_padding(patch: Patch) -> None:
 
 
 def _positions(patch: Patch, wrong: str) -> None:
-    def enter(slots: Any, before: Any, past: int, positions: str, *rest: Any) -> Any:
-        return original(slots, before, past, wrong, *rest)
+    def enter(slots: Any, before: Any, whole: Any, positions: str, *rest: Any) -> Any:
+        return original(slots, before, whole, wrong, *rest)
 
     original = segment.enter
     patch.setattr(inner_stages, "enter", enter)
@@ -413,11 +413,11 @@ def selected_again_at_decode(patch: Patch) -> None:
 
 
 def rows_of_late_layers_not_reordered(patch: Patch) -> None:
-    patch.setattr(ShortenedLayer, "reorder_cache", lambda self, rows: None)
+    patch.setattr(ShortenedDynamicLayer, "reorder_cache", lambda self, rows: None)
 
 
 def states_of_chosen_rows_forgotten(patch: Patch) -> None:
-    patch.setattr(ShortenedLayer, "batch_select_indices", DynamicLayer.batch_select_indices)
+    patch.setattr(ShortenedDynamicLayer, "batch_select_indices", DynamicLayer.batch_select_indices)
 
 
 ORIGINAL, REINDEXED = batch("original"), batch("reindexed")

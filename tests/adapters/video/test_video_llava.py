@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import (
     DynamicCache,
     MistralConfig,
-    StaticCache,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
 )
@@ -610,21 +609,14 @@ def _call(**options: Any) -> Callable[[Any], Any]:
     return call
 
 
-@torch.no_grad()
-def _static(model: Any) -> None:
-    cache = StaticCache(config=model.config.text_config, max_cache_len=200)
-    model(**collate(prompts()), past_key_values=cache)
-
-
 @pytest.mark.parametrize(
     ("use", "error", "words"),
     [
         (_project, MissingSignalError, "projector ran without the vision tower.*or detach"),
         (_by_hand, AttachError, "outside of the model's own get_video_features"),
         (_call(vision_feature_layer=-1), UnsupportedError, "configured vision_feature_layer; set"),
-        (_static, UnsupportedError, "StaticLayer.*cannot hold a shortened prompt"),
     ],
-    ids=["projector", "by hand", "layer", "static"],
+    ids=["projector", "by hand", "layer"],
 )
 def test_calls_that_cannot_be_served(
     use: Callable[[Any], Any], error: type[Exception], words: str
@@ -635,6 +627,14 @@ def test_calls_that_cannot_be_served(
         use(model)
     assert leftovers(model) == []
     assert torch.equal(generate(model, collate(prompts()), 1).logits, vanilla.logits)
+
+
+def test_a_static_cache_gives_the_same_tokens() -> None:
+    model, inputs = tiny_video_llava(), collate(prompts())
+    with tokenprune.attach(model, spec(4)):
+        wanted = generate(model, inputs, 4)
+        got = generate(model, inputs, 4, cache_implementation="static", disable_compile=True)
+    assert torch.equal(got.text, wanted.text)
 
 
 @pytest.mark.parametrize(("row", "lost"), [(0, "images"), (1, "videos")])

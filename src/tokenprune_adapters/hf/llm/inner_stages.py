@@ -36,8 +36,9 @@ from tokenprune.untraced import untraced
 from ...kit.before_projector import Ids, Sizes
 from ..attention import ReadAttention, Reader
 from ..names import Call, Hooked, calls_of
+from .cache_layers import Shortened
 from .image_slots import Images, Seats
-from .kv_cache import Shortened, difference, moved_down, state_of, total
+from .kv_cache import difference, make_room, moved_down, state_of, total
 from .run import RUN, Run
 from .segment import Segment, Slots, enter
 from .signal_cache import SignalCache, fitted
@@ -199,7 +200,12 @@ class ReduceInside(NotCopyable):
             real = segment.real
             if real is None:
                 real = torch.ones_like(segment.positions, dtype=torch.bool)
-            prompts = Prompts(real, segment.after.valid, segment.sample)
+            # Static layers hand back slots that are yet to be filled.
+            keys = int(run.whole.past + run.whole.slots - segment.after.offset)
+            asked = replace(asked, key=asked.key[:, :, :keys])
+            valid = segment.after.valid
+            valid = None if valid is None else valid[:, :keys]
+            prompts = Prompts(real, valid, segment.sample)
             for kind in {kind for _, kind in self.watched[number]}:
                 run.rows[kind, number] = (
                     last_rows(asked, prompts, seats.row, seats.column)
@@ -216,7 +222,7 @@ class ReduceInside(NotCopyable):
 
     def _segment(self, run: Run, start: int, previous: Segment, drop: Tensor | None) -> Segment:
         """The segment from `start` on, which computes what `previous` does without `drop`."""
-        state = state_of(run.cache, start)
+        state = state_of(run.whole.cache, start)
         if state is None:
             state = Shortened(0, run.segments[0].before.valid, None, 0)
         # Where earlier prompts of the cache were shortened, positions have moved by segments.
@@ -224,14 +230,13 @@ class ReduceInside(NotCopyable):
         positions = moved_down(previous.positions, back)
         placement = self.stages[start].placement
         assert isinstance(placement, AfterLayer)
-        cached = run.cache is not None
         slots = Slots(drop, previous.real, positions, previous.sample)
-        segment = enter(slots, state, run.past, placement.positions, self.llm, cached)
-        # What earlier segments have left out and moved in this very pass is gone here, too.
+        segment = enter(slots, state, run.whole, placement.positions, start)
+        make_room(run.whole.cache, start, segment.after.offset)
+        # What earlier segments have moved in this very pass is moved here, too.
         moved = difference(previous.after.moved, previous.before.moved)
         after = replace(
             segment.after,
-            offset=segment.after.offset + previous.after.offset - previous.before.offset,
             moved=total(segment.after.moved, moved),
         )
         return replace(segment, after=after)

@@ -1,118 +1,34 @@
-"""KV-cache layers of a shortened prompt: logical length outside, physical length inside.
-
-`generate` counts the tokens of the prompt that the processor made, so `get_seq_length` answers
-with those, while keys and values are stored for the kept ones only. The state lives on the layers
-of the cache: it follows beams, copies, turns and threads.
-"""
+"""KV cache of a shortened prompt: what its layers know, and what is told them of a pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from tokenprune.errors import AttachError, UnsupportedError
 
+from .cache_layers import (
+    Shortened,
+    ShortenedDynamicLayer,
+    ShortenedLayer,
+    ShortenedStaticLayer,
+    shortened,
+)
 
-@dataclass(frozen=True, eq=False)
-class Shortened:
-    """State of a shortened KV cache layer: how its physical slots relate to the logical prompt.
-
-    Attributes:
-        offset: logical slots that have no physical one.
-        valid: `(batch, physical)` bool, False for fillers; None where there are none.
-        moved: `(batch,)` int64, by how much the positions of later tokens move down; None where
-            they stay.
-        tail: newest slots that are one to one, which may be cropped away again.
-    """
-
-    offset: int
-    valid: Tensor | None
-    moved: Tensor | None
-    tail: int
-
-    def of_rows(self, taken: Callable[[Tensor], Tensor]) -> Shortened:
-        """The state of a cache whose rows are other ones.
-
-        Args:
-            taken: function that makes them, from `(batch, ...)`.
-        """
-        valid, moved = (None if x is None else taken(x) for x in (self.valid, self.moved))
-        return replace(self, valid=valid, moved=moved)
-
-
-class ShortenedLayer(DynamicLayer):  # type: ignore[misc]
-    """Dynamic KV cache layer that stores fewer slots than it answers for."""
-
-    state: Shortened
-    expected: bool
-
-    @classmethod
-    def of(cls, layer: DynamicLayer, state: Shortened) -> ShortenedLayer:
-        """`layer` with `state`; keys and values are shared, not copied."""
-        made = cls.__new__(cls)
-        made.__dict__.update(layer.__dict__)
-        made.state = state
-        made.expected = False
-        return made
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.expected:
-            raise AttachError(
-                "this KV cache belongs to a prompt whose visual tokens were reduced, but the "
-                "attachment that knows how is not at work; attach again, or start a new cache"
-            )
-        self.expected = False
-        return super().update(key_states, value_states, *args, **kwargs)
-
-    def get_seq_length(self, *args: Any) -> int:
-        return int(super().get_seq_length(*args)) + self.state.offset
-
-    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        length, start = super().get_mask_sizes(query_length)
-        return length - self.state.offset, start + self.state.offset
-
-    def crop(self, tokens_to_remove: int) -> None:
-        # On transformers 5.19 a positive number is the length to be left.
-        removed = (
-            -tokens_to_remove if tokens_to_remove <= 0 else self.get_seq_length() - tokens_to_remove
-        )
-        if removed <= 0:
-            return
-        if removed > self.state.tail:
-            raise UnsupportedError(
-                f"cannot crop {removed} tokens off a cache whose prompt was shortened "
-                f"{self.state.tail} tokens ago; only what came after the prompt can be removed"
-            )
-        self.keys: Tensor = self.keys[..., :-removed, :]
-        self.values: Tensor = self.values[..., :-removed, :]
-        valid = None if self.state.valid is None else self.state.valid[:, :-removed]
-        self.state = replace(self.state, valid=valid, tail=self.state.tail - removed)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.state = self.state.of_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.state = self.state.of_rows(lambda x: x[indices.to(x.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.state = self.state.of_rows(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def reset(self) -> NoReturn:
-        raise UnsupportedError("cannot reset a cache whose prompt was shortened; make a new one")
+_SERVED = (DynamicLayer, StaticLayer, ShortenedDynamicLayer, ShortenedStaticLayer)
 
 
 def state_of(cache: Cache | None, number: int | None = None) -> Shortened | None:
-    """How layer `number` of `cache` was shortened, or any layer; None if it was not."""
+    """How layer `number` of `cache` was shortened, or any layer; None if it was not.
+
+    What holds nothing yet has no state, though it may know of how much it will not hold.
+    """
     layers = cache.layers if cache is not None else []
     layers = layers if number is None else layers[number : number + 1]
-    return next((layer.state for layer in layers if isinstance(layer, ShortenedLayer)), None)
+    known = (each for each in layers if isinstance(each, ShortenedLayer) and each.is_initialized)
+    return next((layer.state for layer in known), None)
 
 
 def moved_down(positions: Tensor, *moved: Tensor | None) -> Tensor:
@@ -142,10 +58,11 @@ def check_cache(cache: Cache | None) -> None:
             "on their own; use a DynamicCache without offloading"
         )
     for layer in cache.layers if cache is not None else ():
-        if type(layer) not in (DynamicLayer, ShortenedLayer):
+        if type(layer) not in _SERVED:
             raise UnsupportedError(
                 f"{type(layer).__name__} in {type(cache).__name__} cannot hold a shortened "
-                "prompt; use a DynamicCache (cache_implementation='dynamic', the default)"
+                "prompt; use a DynamicCache (cache_implementation='dynamic', the default), or a "
+                "StaticCache of a model without sliding windows"
             )
 
 
@@ -179,30 +96,77 @@ def note(cache: Cache, states: dict[int, Shortened]) -> None:
     Also layers that hold every slot get one, so that a pass or a crop that cannot be done is
     refused at the first layer, not half-way.
     """
-    tail = min(state.tail for state in states.values())
-    noted = {start: replace(state, tail=tail) for start, state in states.items()}
-    state = noted[0]
+    state = states[0]
     for number, layer in enumerate(cache.layers):
-        state = noted.get(number, state)
-        if isinstance(layer, ShortenedLayer):
+        state = states.get(number, state)
+        if not isinstance(layer, ShortenedLayer):
+            cache.layers[number] = shortened(layer, state)
+        elif layer.state is not state:
             layer.state = state
-        else:
-            cache.layers[number] = ShortenedLayer.of(layer, state)
+
+
+def fixed_alike(states: dict[int, Shortened], end: int) -> dict[int, Shortened]:
+    """States that let as many of the newest slots be cropped as the strictest of them.
+
+    Args:
+        states: by their first layer.
+        end: logical length.
+    """
+    tail = min(end - state.offset - state.fixed for state in states.values())
+    return {n: replace(each, fixed=end - each.offset - tail) for n, each in states.items()}
+
+
+@dataclass(frozen=True)
+class Room:
+    """Room of a static cache layer: it hands back all its slots, filled or not.
+
+    Attributes:
+        logical: slots of the prompt that it has room for.
+        physical: slots that it has; None where they are not allocated yet.
+    """
+
+    logical: int
+    physical: int | None
+
+    @classmethod
+    def of(cls, cache: Cache | None, number: int) -> Room | None:
+        """The room of layer `number`; None of a layer that grows."""
+        layers = cache.layers[number : number + 1] if cache is not None else []
+        for layer in layers:
+            if isinstance(layer, StaticLayer):
+                physical = layer.max_cache_len if layer.is_initialized else None
+                return cls(layer.get_max_length(), physical)
+        return None
+
+    def slots(self, offset: int) -> int:
+        """Physical slots once `offset` logical ones have none."""
+        return self.logical - offset if self.physical is None else self.physical
+
+
+def make_room(cache: Cache | None, start: int, offset: int) -> None:
+    """Let static layers from `start` on allocate no slots for what a prompt leaves out."""
+    layers = cache.layers if cache is not None else []
+    for number in range(start, len(layers)):
+        layer = layers[number]
+        if isinstance(layer, StaticLayer) and not layer.is_initialized:
+            layers[number] = ShortenedStaticLayer.empty(layer, offset)
 
 
 def stored_bytes(cache: Cache | None) -> tuple[int, int]:
     """Bytes of keys and values as stored, and as an unpruned model would have stored them.
 
-    Zeros without a cache, and for one whose layers hold more slots than were filled, or fewer.
+    Zeros without a cache, and for one whose layers hold more slots than were filled, or fewer. A
+    static one of a shortened prompt stores what it has allocated.
     """
     stored = vanilla = 0
     layers = cache.layers if cache is not None else []
-    if any(type(layer) not in (DynamicLayer, ShortenedLayer) for layer in layers):
+    if any(type(layer) not in _SERVED or type(layer) is StaticLayer for layer in layers):
         return 0, 0
     for layer in layers:
         # Not `nbytes`, which torch.compile cannot trace where lengths vary.
         size = sum(each.numel() * each.element_size() for each in (layer.keys, layer.values))
         stored += size
         slots = layer.keys.shape[-2]
-        vanilla += size * int(layer.get_seq_length()) // slots if slots else 0
+        offset = layer.state.offset if isinstance(layer, ShortenedLayer) else 0
+        vanilla += size * (slots + offset) // slots if slots else 0
     return stored, vanilla

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,41 +47,116 @@ def no_images() -> None:
     """No images."""
 
 
-def length_of(cache: Any) -> int:
-    """Logical length of a cache before the pass."""
-    return int(cache.get_seq_length()) if cache is not None else 0
+def length_of(cache: Any) -> int | Tensor:
+    """Logical length of a cache before the pass; `()` int64 of a static one."""
+    length: int | Tensor = 0 if cache is None else cache.get_seq_length()
+    return length
 
 
-def is_padding_mask(mask: Any, past: int, drop: Tensor) -> bool:
-    """Whether a mask has a column for each cached and each new slot, or is None."""
-    if mask is None:
-        return True
-    columns = (drop.shape[0], past + drop.shape[1])
-    return isinstance(mask, Tensor) and tuple(mask.shape) == columns
+@dataclass(frozen=True, eq=False)
+class Padding:
+    """Padding of a pass, as its attention mask tells.
+
+    Attributes:
+        columns: `(batch, columns)` bool, False for padding; None where there is none.
+        odd: `()` bool: whether the mask says more than that; None where it cannot.
+        past: logical length of the cache.
+        shape: batch and slots that the pass brings.
+        refused: shape or type of a mask that cannot be read, for the message; empty if it can.
+    """
+
+    columns: Tensor | None
+    odd: Tensor | None
+    past: int | Tensor
+    shape: tuple[int, int]
+    refused: str = ""
+
+    @classmethod
+    def of(cls, mask: Any, past: int | Tensor, slots: Tensor) -> Padding:
+        """What `mask` tells: one number per column, or causal and 4-D as `generate` makes it.
+
+        Args:
+            mask: of a call of the language model.
+            past: logical length of the cache.
+            slots: `(batch, slots, ...)` of the pass.
+        """
+        shape = (slots.shape[0], slots.shape[1])
+        if isinstance(mask, Mapping) and len(mask) == 1:
+            (mask,) = mask.values()
+        if mask is None:
+            return cls(None, None, past, shape)
+        if not isinstance(mask, Tensor):
+            return cls(None, None, past, shape, type(mask).__name__)
+        mask = mask.to(slots.device)
+        if mask.ndim == 4 and mask.shape[:3] == (shape[0], 1, shape[1]):
+            seen = mask if mask.dtype == torch.bool else mask == 0
+            columns = seen[:, 0, -1]
+            if isinstance(past, int) and columns.shape[1] >= past + shape[1]:
+                return cls(columns, _says_more(mask, seen[:, 0], columns, past), past, shape)
+            if not isinstance(past, int):
+                return cls(columns, None, past, shape)
+        wide = not isinstance(past, int) or mask.shape[-1] == past + shape[1]
+        if mask.ndim == 2 and mask.shape[0] == shape[0] and wide:
+            return cls(mask.bool(), None, past, shape)
+        return cls(None, None, past, shape, str(tuple(mask.shape)))
+
+    def check(self) -> None:
+        """Refuse a mask that is none of padding.
+
+        Raises:
+            UnsupportedError: it has another shape, or shows other columns than those before.
+        """
+        if self.refused:
+            raise UnsupportedError(
+                f"attention_mask must have axes (batch tokens) = ({self.shape[0]}, "
+                f"{self.past + self.shape[1]}) to shorten a prompt, or be the 4-D mask that "
+                f"generate makes of such a one, got {self.refused}; custom masks are not supported"
+            )
+
+    def check_odd(self, odd: bool | int) -> None:
+        """Refuse a 4-D mask that says more, once that is known."""
+        if odd:
+            raise UnsupportedError(
+                "a 4-D attention_mask that is not causal, or hides more than padding, cannot be "
+                "shortened; pass one with axes (batch tokens)"
+            )
+
+    def real(self, like: Tensor) -> Tensor:
+        """`(batch, slots)` bool: which of the pass are no padding.
+
+        Args:
+            like: a tensor on their device.
+        """
+        if self.columns is None:
+            return torch.ones(self.shape, dtype=torch.bool, device=like.device)
+        if isinstance(self.past, int):
+            return self.columns[:, self.past : self.past + self.shape[1]]
+        new = self.past + torch.arange(self.shape[1], device=self.columns.device)
+        return self.columns.index_select(1, new)
+
+    @property
+    def real_past(self) -> Tensor | None:
+        """`(batch, past)` bool of what is cached; None where there is no padding, or nothing."""
+        known = self.columns is not None and isinstance(self.past, int) and self.past > 0
+        return self.columns[:, : self.past] if known and self.columns is not None else None
 
 
-def refuse_mask(mask: Any, past: int, drop: Tensor) -> NoReturn:
-    """Refuse a mask that is none of padding."""
-    got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-    raise UnsupportedError(
-        "attention_mask must have axes (batch tokens) = "
-        f"{(drop.shape[0], past + drop.shape[1])} to shorten a prompt, got {got}; static caches "
-        "and custom 4-D masks are not supported"
-    )
+def _says_more(mask: Tensor, seen: Tensor, columns: Tensor, past: int) -> Tensor:
+    """`()` bool: whether real slots see other columns than the real ones up to their own."""
+    slots, width = seen.shape[1:]
+    every = torch.arange(width, device=seen.device)
+    causal = every <= past + torch.arange(slots, device=seen.device)[:, None]
+    real = columns[:, past : past + slots, None]
+    more = (real & (seen != (causal & columns[:, None]))).any()
+    if mask.dtype != torch.bool:
+        more = more | ((mask != 0) & (mask > torch.finfo(mask.dtype).min / 2)).any()
+    return more
 
 
-def real_columns(mask: Tensor | None, past: int, drop: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Which new and which past columns are real, as bool; None for a past without padding."""
-    if mask is None:
-        return torch.ones_like(drop, dtype=torch.bool), None
-    real = mask.to(device=drop.device, dtype=torch.bool)
-    return real[:, past:], real[:, :past] if past else None
-
-
-def positions_of(given: Tensor | None, past: int, drop: Tensor) -> Tensor:
+def positions_of(given: Tensor | None, past: int | Tensor, slots: Tensor) -> Tensor:
     """`(batch, tokens)` int64 logical positions, the model's own default where none are given."""
     if given is None:
-        given = torch.arange(past, past + drop.shape[1], device=drop.device)[None]
+        given = past + torch.arange(slots.shape[1], device=slots.device)[None]
     if given.ndim != 2:
         raise UnsupportedError(f"position_ids must be (batch tokens), got {tuple(given.shape)}")
-    return given.to(drop.device).expand(drop.shape)
+    return given.to(slots.device).expand(slots.shape[0], slots.shape[1])

@@ -14,7 +14,7 @@ from tokenprune.signals import Signal, Signals
 
 from ..attention import Asked
 from .image_slots import Images, Seats
-from .segment import Segment
+from .segment import Pass, Segment
 
 RUN = "tokenprune_run"
 """Name of the private argument that takes a `Run` to the layers, which pop it."""
@@ -37,8 +37,7 @@ class Run:
     theirs as their layers come.
 
     Attributes:
-        cache: the pass's cache, or None.
-        past: its logical length before the pass.
+        whole: the pass as its caller sees it.
         segments: by the number of their first layer, in order.
         images: which slots of the latest segment are visual, where stages inside want to know.
         known: signals of the vision tower about the tokens that are left of the images.
@@ -53,8 +52,7 @@ class Run:
         flash: whether the attention is FlashAttention.
     """
 
-    cache: Any
-    past: int
+    whole: Pass
     segments: dict[int, Segment]
     images: Images | None = None
     known: Signals | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ from tokenprune.strategy import Stage
 
 from ...kit.prompt_layout import PromptLayout, before_sample, causal_mask
 from ..anatomy import attention_of
-from .kv_cache import Shortened, total
+from .cache_layers import Shortened
+from .kv_cache import Room, total
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,20 +99,35 @@ class Slots:
     facts: Sequence[int] | None = None
 
 
-def enter(
-    slots: Slots, before: Shortened, past: int, counting: Positions, llm: nn.Module, cached: bool
-) -> Segment:
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """Forward pass of a language model, as all its segments see it.
+
+    Attributes:
+        llm: the language model.
+        cache: its cache, or None.
+        past: logical length of the cache before the pass; `()` int64 where nobody has waited for
+            that of a static cache.
+        slots: number of slots that the caller's prompt brings.
+    """
+
+    llm: nn.Module
+    cache: Any
+    past: int | Tensor
+    slots: int
+
+
+def enter(slots: Slots, before: Shortened, whole: Pass, counting: Positions, start: int) -> Segment:
     """The segment that computes `slots` without what is dropped.
 
     Args:
         slots: what comes in.
         before: the cache's state for these layers.
-        past: logical length of the cache.
+        whole: the pass.
         counting: ``"reindexed"`` moves later positions down, ``"original"`` leaves gaps.
-        llm: the language model.
-        cached: whether the pass has a cache.
+        start: the first layer of the segment.
     """
-    batch, logical = slots.positions.shape
+    batch = slots.positions.shape[0]
     layout, real, positions, sample = None, slots.real, slots.positions, slots.sample
     moved: Tensor | None = None
     if slots.drop is not None:
@@ -125,32 +142,46 @@ def enter(
         positions, real = layout.shorten(positions), layout.valid
         # Fillers come out as zero, so numbers travel as one more.
         sample = None if sample is None else layout.shorten(sample + 1) - 1
-    queries, stored = positions.shape[1], past - before.offset
-    valid = _join(before.valid, real, batch, stored, queries, positions.device)
-    after = Shortened(
-        before.offset + logical - queries,
-        valid,
-        total(before.moved, moved),
-        before.tail + queries if layout is None else layout.tail,
-    )
+    queries = positions.shape[1]
+    stored, offset = whole.past - before.offset, before.offset + whole.slots - queries
+    room = Room.of(whole.cache, start)
+    if room is None:
+        assert isinstance(stored, int)
+        keys = stored + queries
+        valid = _join(before.valid, real, batch, stored, queries, positions.device)
+    else:
+        keys = room.slots(offset)
+        valid = _filled(before.valid, real, (batch, keys), stored, positions)
+    after = before
+    if layout is not None or valid is not before.valid or offset != before.offset:
+        fixed = before.fixed
+        if layout is not None:
+            assert isinstance(stored, int)  # a pass that leaves out has waited for its length
+            fixed = stored + queries - layout.tail
+        after = Shortened(offset, valid, total(before.moved, moved), fixed)
     # Gaps in the positions of a prompt that has neither mask nor cache would be taken for the
     # seams between several packed sequences.
-    gaps = (counting == "original" or slots.gaps) and not cached
-    mask = _mask(llm, valid, batch, queries, stored + queries, gaps, positions.device, sample)
+    gaps = (counting == "original" or slots.gaps) and whole.cache is None
+    # Without a mask sdpa may use its fastest kernels: either all keys are there for one query, or
+    # the first of them are those of the queries.
+    fills = room is not None and valid is not before.valid and real is None
+    alone = (valid is None or fills) and sample is None and not gaps
+    first = isinstance(stored, int) and stored == 0
+    unmasked = alone and (first or (room is None and queries == 1))
+    mask = _mask(whole.llm, valid, positions, keys, stored, sample, unmasked)
     return Segment(layout, real, positions, sample, before, after, mask)
 
 
 def _mask(
     llm: nn.Module,
     valid: Tensor | None,
-    batch: int,
-    queries: int,
+    positions: Tensor,
     keys: int,
-    gaps: bool,
-    device: torch.device,
+    stored: int | Tensor,
     sample: Tensor | None,
+    unmasked: bool,
 ) -> Tensor | None:
-    attention = attention_of(llm)
+    (batch, queries), attention = positions.shape, attention_of(llm)
     if attention not in ("sdpa", "eager") and "flash" not in attention:
         raise UnsupportedError(
             f"attention implementation {attention!r} cannot run a shortened prompt; use "
@@ -162,13 +193,33 @@ def _mask(
             f"batches of one row only, got {batch} rows; flatten them into one, or use "
             "model.set_attn_implementation('sdpa')"
         )
-    # Without a mask sdpa may use its fastest kernels.
-    alone = valid is None and sample is None
-    if attention == "sdpa" and alone and queries in (1, keys) and not gaps:
+    if attention == "sdpa" and unmasked:
         return None
     # Parameters may be offloaded (meta), so they tell the dtype only.
-    like = torch.empty(0, dtype=next(llm.parameters()).dtype, device=device)
-    return causal_mask(valid, batch, queries, keys, attention, like, sample)
+    like = torch.empty(0, dtype=next(llm.parameters()).dtype, device=positions.device)
+    return causal_mask(valid, batch, queries, keys, attention, like, sample, stored)
+
+
+def _filled(
+    past: Tensor | None,
+    new: Tensor | None,
+    shape: tuple[int, int],
+    stored: int | Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """Validity of all slots of a static layer, in place where it is known of the past.
+
+    Slots to come count as real: masks leave them out, since they come later.
+    """
+    if past is None or past.shape[1] != shape[1]:
+        made = torch.ones(shape, dtype=torch.bool, device=positions.device)
+        past = made if past is None else made.index_copy(1, _count(past), past)
+    new = torch.ones_like(positions, dtype=torch.bool) if new is None else new
+    return past.index_copy_(1, stored + _count(positions), new)
+
+
+def _count(columns: Tensor) -> Tensor:
+    return torch.arange(columns.shape[1], device=columns.device)
 
 
 def _join(

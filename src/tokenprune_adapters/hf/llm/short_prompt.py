@@ -26,29 +26,22 @@ from ...kit.marks import marked
 from ...kit.prompt_layout import PromptLayout
 from ..anatomy import attention_of
 from ..names import Call, Hooked, Output, calls_of
+from .cache_layers import Shortened
 from .image_slots import Images
 from .kv_cache import (
-    Shortened,
     check_cache,
     check_starts,
     expect_update,
+    fixed_alike,
+    make_room,
     moved_down,
     note,
     state_of,
     stored_bytes,
 )
-from .padding import (
-    are_seams,
-    is_padding_mask,
-    length_of,
-    no_images,
-    positions_of,
-    real_columns,
-    refuse_mask,
-    steps_of,
-)
+from .padding import Padding, are_seams, length_of, no_images, positions_of, steps_of
 from .run import IMAGES, RUN, TEXT, VISUAL, Run
-from .segment import Slots, enter
+from .segment import Pass, Slots, enter
 
 
 class ShortenPrompts(NotCopyable):
@@ -100,7 +93,7 @@ class ShortenPrompts(NotCopyable):
         # The model has made all embeddings from ids: there is nothing to look for.
         if state_of(call.cache) is None:
             return call.hooked
-        return self._enter(call, None)
+        return self._go_on(call)
 
     @untraced
     def _begin(
@@ -109,20 +102,22 @@ class ShortenPrompts(NotCopyable):
         """Look for marks and images, and enter what is left of the prompt; one sync."""
         embeds: Any = call.embeds
         drop, images = marked(embeds), find()
-        past = length_of(call.cache)
-        usable = is_padding_mask(call.mask, past, drop)
-        real = real_columns(call.mask if usable else None, past, drop)[0]
+        padding = Padding.of(call.mask, int(length_of(call.cache)), embeds)
+        real = padding.real(embeds)
         seen = drop[:, :0] if images is None else images.among(real).visual
         images = None if images is None else images.among(real & ~drop).printed(embeds)
         hidden = drop[:, :0] if visual is None else visual & ~real & ~drop
         steps = steps_of(self.llm, call, drop.shape)
         seams = real.new_zeros(()) if steps is None else steps[:, -1].any()
-        flags = torch.stack([drop.any(), seen.any(), hidden.any(), real.all(), seams]).long()
+        odd = seams.new_zeros(()) if padding.odd is None else padding.odd
+        flags = torch.stack([drop.any(), seen.any(), hidden.any(), real.all(), seams, odd]).long()
         asked = [flags, PromptLayout.facts(real & ~drop)]
         if images is not None:
             asked.append(images.facts())
-        shorten, some_visual, wasted, all_real, gaps, *facts = self.settle(torch.cat(asked))
+        shorten, some_visual, wasted, all_real, gaps, more, *facts = self.settle(torch.cat(asked))
         images = None if images is None else images.told(facts[3:])
+        if shorten or (self.starts and images is not None):
+            padding.check_odd(more)
         if not (shorten or (self.starts and some_visual)) and state_of(call.cache) is None:
             return call.hooked
         if shorten and wasted:
@@ -138,21 +133,39 @@ class ShortenPrompts(NotCopyable):
             )
         shown = images if some_visual else None
         found = _Seen(drop if shorten else None, shown, bool(all_real), bool(gaps), facts[:3])
-        return self._enter(call, found)
+        return self._enter(call, padding, found)
 
-    def _enter(self, call: Call, seen: _Seen | None) -> Hooked:
+    def _go_on(self, call: Call) -> Hooked:
+        """Enter a pass without images."""
+        embeds: Any = call.embeds
+        past, tracing = length_of(call.cache), torch.compiler.is_compiling()
+        if embeds.shape[1] > 1 and not tracing:
+            past = int(past)
+        padding = Padding.of(call.mask, past, embeds)
+        steps = steps_of(self.llm, call, padding.shape)
+        seen = _Seen(None, None, padding.columns is None, False)
+        # Whoever traces waits for no value: a mask that hides nothing is as good as none.
+        if not tracing and not (seen.all_real and steps is None):
+            real = padding.real(embeds).all()
+            none = real.new_zeros(())
+            seams = none if steps is None else steps[:, -1].any()
+            odd = none if padding.odd is None else padding.odd
+            all_real, gaps, more = torch.stack([real, seams, odd]).tolist()
+            padding.check_odd(more)
+            seen = _Seen(None, None, all_real, gaps)
+        return self._enter(call, padding, seen)
+
+    def _enter(self, call: Call, padding: Padding, seen: _Seen) -> Hooked:
         """Let a pass compute what is left, and its stages know.
 
         Args:
             call: call of the language model.
-            seen: what was found in it; None where it brings no images.
+            padding: what its mask tells.
+            seen: what was found in it.
         """
         llm, cache, starts = self.llm, call.cache, self.starts
         embeds: Any = call.embeds
-        (batch, columns), past = embeds.shape[:2], length_of(cache)
-        like = embeds[:, :, 0]
-        if not is_padding_mask(call.mask, past, like):
-            refuse_mask(call.mask, past, like)
+        padding.check()
         if call.flash_seams is not None:
             raise UnsupportedError(
                 "cu_seq_lens tell where conversations of the unshortened prompt end; leave them "
@@ -160,31 +173,26 @@ class ShortenPrompts(NotCopyable):
             )
         check_cache(cache)
         check_starts(cache, starts)
-        real, real_past = real_columns(call.mask, past, like)
-        steps = steps_of(llm, call, (batch, columns))
-        if seen is None:
-            seen = _Seen(None, None, call.mask is None, False)
-            # Whoever traces waits for no value: a mask that hides nothing is as good as none.
-            if not torch.compiler.is_compiling() and not (seen.all_real and steps is None):
-                seams = real.new_zeros(()) if steps is None else steps[:, -1].any()
-                seen = _Seen(None, None, *torch.stack([real.all(), seams]).tolist())
+        steps = steps_of(llm, call, padding.shape)
         images = seen.images
-        fresh = Shortened(0, real_past, None, 0)
+        fresh = Shortened(0, padding.real_past, None, 0)
         known = state_of(cache, 0) or fresh
-        positions = positions_of(call.positions, past, like)
+        positions = positions_of(call.positions, padding.past, embeds)
+        whole = Pass(llm, cache, padding.past, padding.shape[1])
         sample = steps if seen.gaps and are_seams(llm, call, seen.all_real) else None
-        columns_real = None if seen.all_real else real
+        columns_real = None if seen.all_real else padding.real(embeds)
         placed = moved_down(positions, known.moved)
         slots = Slots(seen.drop, columns_real, placed, sample, seen.gaps, seen.facts)
-        first = enter(slots, known, past, self.positions, llm, cache is not None)
-        run = Run(cache, past, {0: first}, flash="flash" in attention_of(llm))
+        first = enter(slots, known, whole, self.positions, 0)
+        make_room(cache, 0, first.after.offset)
+        run = Run(whole, {0: first}, flash="flash" in attention_of(llm))
         if starts and images is not None:
             run.images = images if first.layout is None else images.through(first.layout)
         else:
             for start in starts:
                 state = state_of(cache, start) or fresh
                 same = Slots(None, slots.real, moved_down(positions, state.moved), sample)
-                run.segments[start] = enter(same, state, past, "original", llm, cache is not None)
+                run.segments[start] = enter(same, state, whole, "original", start)
         if first.layout is not None:
             embeds = first.layout.shorten(embeds)
         call.embeds = carry(embeds, run)
@@ -217,7 +225,9 @@ class ShortenPrompts(NotCopyable):
         # may have lost nothing.
         if cache is not None and (shortened or state_of(cache) is not None):
             check_cache(cache)
-            note(cache, {start: segment.after for start, segment in run.segments.items()})
+            states = {start: segment.after for start, segment in run.segments.items()}
+            end = run.whole.past + run.whole.slots
+            note(cache, fixed_alike(states, end) if isinstance(end, int) else states)
         if shortened or embeds.shape[1] > 1:  # not a decoding step
             return self._finish(run, output)
         return None
