@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from .kept_patches import Kept, Origin
 from .plan import Plan
 from .strategy import Reduction
+from .to_device import numbers_on
 from .tokens import VisualTokens
 
 
@@ -64,7 +65,7 @@ def joined(parts: Sequence[Part]) -> Reduction:
 def _taken(reduction: Reduction, rows: list[int]) -> Reduction:
     """Some rows of a reduction."""
     tokens, plan = reduction.tokens, reduction.plan
-    which = torch.tensor(rows, dtype=torch.int64, device=plan.mask.device)
+    which = numbers_on(plan.mask.device, rows)
 
     def take(x: Tensor) -> Tensor:
         return x.index_select(0, which)

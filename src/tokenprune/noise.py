@@ -19,7 +19,7 @@ def uniform(seed: int, ids: Tensor, counters: Tensor) -> Tensor:
     Returns:
         `(batch, numbers)` float32.
     """
-    row = _mix(_mix(torch.tensor(seed % 2**63, device=ids.device)) ^ ids)
+    row = _mix(_mix(torch.full((), seed % 2**63, dtype=torch.int64, device=ids.device)) ^ ids)
     bits = _mix(row[:, None] ^ _mix(counters))
     numbers: Tensor = (bits & 0xFFFFFF).to(torch.float32) / 2**24
     return numbers

@@ -30,7 +30,7 @@ class Observation(NotCopyable):
 
     def begin(self) -> None:
         """Forget the previous pass of this thread."""
-        self._local.__dict__.clear()
+        self._forget()
         self._local.scratch = {}
 
     @property
@@ -39,7 +39,7 @@ class Observation(NotCopyable):
 
         A layer may also run without its tower, when gradient checkpointing recomputes it.
         """
-        return hasattr(self._local, "scratch")
+        return getattr(self._local, "scratch", None) is not None
 
     @property
     def scratch(self) -> dict[object, Tensor]:
@@ -52,24 +52,28 @@ class Observation(NotCopyable):
     def forget(self) -> None:
         """Give up the pass of this thread that is under way; one that is complete stays."""
         if self.running:
-            self._local.__dict__.clear()
+            self._forget()
 
     def finish(self, tokens: VisualTokens, signals: Mapping[Signal, Tensor]) -> None:
         """Publish what this pass gave."""
-        self._local.__dict__.clear()
+        self._forget()
         self._local.tokens = tokens
         self._local.signals = Signals(signals)
 
     def take(self) -> tuple[VisualTokens, Signals]:
         """The latest pass of this thread, which is then forgotten."""
         taken = self.tokens, self.signals
-        self._local.__dict__.clear()
+        self._forget()
         return taken
+
+    def _forget(self) -> None:
+        # One by one: older torch cannot trace a thread's attributes as a dict.
+        self._local.scratch = self._local.tokens = self._local.signals = None
 
     @property
     def ready(self) -> bool:
         """Whether a pass of this thread is there to be read."""
-        return hasattr(self._local, "tokens")
+        return getattr(self._local, "tokens", None) is not None
 
     @property
     def tokens(self) -> VisualTokens:

@@ -18,6 +18,7 @@ from torch import Tensor
 from .errors import PlanError, ShapeError
 from .gather import gather_rows, zero_fillers
 from .memberships import Memberships
+from .to_device import numbers_on
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +228,7 @@ class Plan:
 
     def take_rows(self, rows: Sequence[int]) -> Plan:
         """The plan of some of its rows, in the order given."""
-        which = torch.tensor(rows, dtype=torch.int64, device=self.mask.device)
+        which = numbers_on(self.mask.device, rows)
         return Plan(
             self.anchors.index_select(0, which),
             self.mask.index_select(0, which),

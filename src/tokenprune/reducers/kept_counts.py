@@ -14,6 +14,7 @@ from ..budget import Keep
 from ..fields import check_choice, check_read
 from ..metric import moderate
 from ..signals import Keys, Signal, Signals
+from ..to_device import numbers_on
 from ..tokens import VisualTokens
 
 Metric: TypeAlias = Literal["features", "keys"]
@@ -90,9 +91,7 @@ def first_of(order: Tensor, counts: Sequence[int]) -> Tensor:
 
 def column(numbers: Sequence[int], device: torch.device) -> Tensor:
     """`(batch, 1)` int64: one number per row."""
-    if len(set(numbers)) == 1:  # no copy to the device
-        return torch.full((len(numbers), 1), numbers[0], device=device)
-    return torch.tensor(numbers, dtype=torch.int64, device=device)[:, None]
+    return numbers_on(device, numbers)[:, None]
 
 
 def minus(some: Sequence[int], others: Sequence[int]) -> list[int]:

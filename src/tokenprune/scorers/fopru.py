@@ -13,6 +13,7 @@ from ..fields import check_choice, check_read, check_whole
 from ..metric import wide
 from ..signals import GivenAttention, Layers, ReceivedAttention, Signal, Signals, check_layers
 from ..strategy import Scorer
+from ..to_device import numbers_on
 from ..tokens import VisualTokens
 from .ensemble import ensembled
 
@@ -62,7 +63,7 @@ class FoPruScorer(Scorer):
 
     def _row_means(self, significance: Tensor, tokens: VisualTokens) -> Tensor:
         columns = [self.columns or math.isqrt(max(n - 1, 0)) + 1 for n in tokens.lengths]
-        width = torch.tensor(columns, device=significance.device)[:, None]
+        width = numbers_on(significance.device, columns)[:, None]
         row = tokens.patches.div(width, rounding_mode="floor")
         same = (row[:, :, None] == row[:, None, :]) & tokens.mask[:, None, :]
         total = torch.where(same, wide(significance)[:, None, :], 0).sum(2)

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..signals import Signals
 from ..strategy import Scorer
+from ..to_device import sent
 from ..tokens import VisualTokens
 
 
@@ -30,7 +31,7 @@ class UniformScorer(Scorer):
     def score(self, tokens: VisualTokens, signals: Signals) -> Tensor:
         rank = (tokens.mask.cumsum(1) - 1).clamp(min=0)
         rows = [_visits(max(length, 1)) for length in tokens.lengths]
-        table = pad_sequence(rows, batch_first=True).to(tokens.features.device)
+        table = sent(pad_sequence(rows, batch_first=True), tokens.features.device)
         scores = table.gather(1, rank)
         return scores.masked_fill(~tokens.mask, -torch.inf)
 

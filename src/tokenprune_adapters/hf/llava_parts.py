@@ -103,6 +103,13 @@ def check_select_strategy(parts: Anatomy, has_cls: bool) -> None:
         )
 
 
+def encode_untraced(parts: Anatomy) -> Iterator[Removable]:
+    """Wrappers that keep what encodes pictures and videos out of `torch.compile`."""
+    for name in ("get_image_features", "get_video_features"):
+        if hasattr(parts.core, name):
+            yield from wrap_method(parts.core, name, lambda call, arguments: call())
+
+
 def same_layers(parts: Anatomy, encoders: Encoders) -> Iterator[Removable]:
     """Wrappers that refuse other feature layers in a call, where several are configured.
 

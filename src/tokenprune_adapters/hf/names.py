@@ -198,7 +198,13 @@ class Field(Generic[T]):
         fields = getattr(type(raw), "__dataclass_fields__", ())
         return next((name for name in self.names if name in fields), None)
 
-    def __get__(self, output: Output, owner: type) -> T | None:
+    @overload
+    def __get__(self, output: None, owner: type) -> Field[T]: ...
+    @overload
+    def __get__(self, output: Output, owner: type) -> T | None: ...
+    def __get__(self, output: Output | None, owner: type) -> T | Field[T] | None:
+        if output is None:  # torch.compile looks at the class
+            return self
         name = self.name_in(output.raw)
         if name is None:
             raise self.missing_in(output.raw)
@@ -247,7 +253,7 @@ class Output:
         """
         named = {}
         for attribute, value in fields.items():
-            field: Field[Any] = vars(Output)[attribute]
+            field: Field[Any] = getattr(Output, attribute)
             name = field.name_in(self.raw)
             if name is None:
                 raise field.missing_in(self.raw)

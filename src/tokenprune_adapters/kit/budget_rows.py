@@ -14,6 +14,7 @@ from tokenprune.gather import gather_flat, zero_fillers
 from tokenprune.kept_patches import Origin
 from tokenprune.on_read import Maker
 from tokenprune.signals import Signals
+from tokenprune.to_device import numbers_on, sent
 from tokenprune.tokens import VisualTokens
 
 
@@ -52,14 +53,14 @@ class BudgetRows:
         (8, 4)
         """
         index = pad_sequence(numbers, batch_first=True)
-        lengths = torch.tensor([len(each) for each in numbers], device=index.device)
+        lengths = numbers_on(index.device, [len(each) for each in numbers])
         mask = torch.arange(index.shape[1], device=index.device) < lengths[:, None]
         return cls(index, mask, patches_per_crop, tuple(origins))
 
     def to(self, device: torch.device) -> BudgetRows:
         """The same on another device."""
-        mask = None if self.mask is None else self.mask.to(device)
-        return BudgetRows(self.index.to(device), mask, self.patches_per_crop, self.origins)
+        mask = None if self.mask is None else sent(self.mask, device)
+        return BudgetRows(sent(self.index, device), mask, self.patches_per_crop, self.origins)
 
     def tokens(self, features: Tensor, ids: Tensor | Maker) -> VisualTokens:
         """Visual tokens of `(crops, patches, channels)` features, in rows.

@@ -1,6 +1,7 @@
 """Wrapper of one method of one model, where hooks do not reach: `generate` calls it by itself.
 
 What is set is an attribute of the instance, so that removing it shows the class's method again.
+`torch.compile` runs the method as it is, untraced.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 
 from tokenprune.errors import AttachError
 from tokenprune.hooks import Removable
+from tokenprune.untraced import untraced
 
 Around = Callable[[Callable[[], Any], Mapping[str, Any]], Any]
 """Takes the call as it was made, to be made inside, and its arguments by name; gives the output."""
@@ -67,8 +69,10 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
             call = functools.partial(around, call, arguments)
         return call()
 
-    setattr(wrapped, _AROUNDS, arounds)
-    return wrapped
+    # Hooks on some blocks of a tower are not seen where torch.compile runs the code of another one.
+    plain = untraced(wrapped)
+    setattr(plain, _AROUNDS, arounds)
+    return plain
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Self
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
@@ -152,6 +153,13 @@ def check_crop(removed: int, tail: int) -> None:
             f"cannot crop {removed} tokens off a cache whose prompt was shortened {tail} tokens "
             "ago; only what came after the prompt can be removed"
         )
+
+
+def lasting(buffer: Tensor) -> Tensor:
+    """`buffer`, in which CUDA graphs of compiled decode steps may write, since it stays there."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(buffer)
+    return buffer
 
 
 def shortened(layer: Any, state: Shortened) -> ShortenedLayer:

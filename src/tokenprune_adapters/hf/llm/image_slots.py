@@ -14,6 +14,7 @@ from tokenprune.errors import UnsupportedError
 from tokenprune.gather import gather_flat, zero_fillers
 from tokenprune.kept_patches import Origin
 from tokenprune.plan import Plan
+from tokenprune.to_device import numbers_on, sent
 
 from ...kit.fingerprint import fingerprint
 from ...kit.prompt_layout import PromptLayout
@@ -90,7 +91,7 @@ class Images:
         slots = tuple(map(len, patches))
         numbers, counts = (torch.tensor(x, device="cpu") for x in (range(len(slots)), slots))
         owners = torch.repeat_interleave(numbers, counts)
-        held = torch.stack([owners, torch.cat(list(patches))]).to(placeholders.device)
+        held = sent(torch.stack([owners, torch.cat(list(patches))]), placeholders.device)
         rank = placeholders.flatten().cumsum(0).reshape(placeholders.shape) - 1
         image, patch = held[:, rank.clamp(min=0, max=sum(slots) - 1)]
         return cls(
@@ -128,7 +129,7 @@ class Images:
         features = embeds[..., :CHANNELS].flatten(0, 1).index_select(0, order)
         prints = feature_prints(torch.split(features, list(self.slots)))
         first = list(itertools.accumulate(self.slots[:-1], initial=0))
-        row = order[torch.tensor(first, device=order.device)] // self.image.shape[1]
+        row = order.index_select(0, numbers_on(order.device, first)) // self.image.shape[1]
         return replace(self, prints=prints, row=row)
 
     def facts(self) -> Tensor:
@@ -169,7 +170,7 @@ class Images:
         image = torch.where(self.visual, self.image, len(self.left)).flatten()
         order = torch.argsort(image, stable=True)[: sum(self.left)]
         index = pad_sequence(list(torch.split(order, list(self.left))), batch_first=True)
-        count = torch.tensor(self.left, device=index.device)[:, None]
+        count = numbers_on(index.device, self.left)[:, None]
         mask = torch.arange(index.shape[1], device=index.device) < count
         return Seats(index, mask, batch, slots, self.left)
 

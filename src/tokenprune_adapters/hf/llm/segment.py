@@ -21,7 +21,7 @@ from tokenprune.strategy import Stage
 
 from ...kit.prompt_layout import PromptLayout, before_sample, causal_mask
 from ..anatomy import attention_of
-from .cache_layers import Shortened
+from .cache_layers import Shortened, lasting
 from .kv_cache import Room, total
 
 
@@ -213,7 +213,7 @@ def _filled(
     """
     if past is None or past.shape[1] != shape[1]:
         made = torch.ones(shape, dtype=torch.bool, device=positions.device)
-        past = made if past is None else made.index_copy(1, _count(past), past)
+        past = lasting(made if past is None else made.index_copy(1, _count(past), past))
     new = torch.ones_like(positions, dtype=torch.bool) if new is None else new
     return past.index_copy_(1, stored + _count(positions), new)
 
