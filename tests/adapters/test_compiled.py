@@ -12,6 +12,7 @@ import torch
 
 import tokenprune
 from support.llava import collate, prompts, tiny_llava
+from tokenprune import ClsAttention, UnsupportedError
 from tokenprune.versions import library
 
 
@@ -62,3 +63,28 @@ def test_prompts_of_other_lengths_follow() -> None:
             got = compiled(**inputs).logits
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
             assert attachment.report.kv_bytes == bytes_
+
+
+@torch.no_grad()
+def test_hooks_on_some_blocks_of_a_tower_are_seen_where_blocks_are_compiled_one_by_one() -> None:
+    """torch.compile runs the code of one block for all of them, and looks at no hooks."""
+    model, inputs = tiny_llava(layers=(4, 2)), collate(prompts()[:1])
+    for block in model.model.vision_tower.encoder.layers:
+        block.mlp.register_forward_hook(lambda *args: torch._dynamo.graph_break())
+    with tokenprune.attach(model, "cls-attention(layers=[0, 2]) | evict(4)"):
+        wanted = model(**inputs).logits
+        compiled = torch.compile(model, backend="eager")
+        torch.testing.assert_close(compiled(**inputs).logits, wanted, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_tower_compiled_by_itself_says_what_it_cannot_see() -> None:
+    tower = tiny_llava(layers=(4, 1)).model.vision_tower
+    for block in tower.encoder.layers:
+        block.mlp.register_forward_hook(lambda *args: torch._dynamo.graph_break())
+    compiled = torch.compile(tower, backend="eager")
+    with (
+        tokenprune.observe(tower, [ClsAttention(layers=(1, 2))]),
+        pytest.raises(UnsupportedError, match=r"torch.compiler.disable\(tower.forward\)"),
+    ):
+        compiled(torch.rand(1, 3, 32, 32))

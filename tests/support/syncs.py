@@ -43,11 +43,18 @@ class Syncs(TorchFunctionMode):
         self, func: Callable[..., Any], types: object, args: Any = (), kwargs: Any = None
     ) -> Any:
         mask = func is Tensor.__getitem__ and _has_mask(args[1])
-        write = func is Tensor.__setitem__ and _has_mask(args[1]) and isinstance(args[2], Tensor)
+        write = func is Tensor.__setitem__ and _waits(args[1], args[2])
         if func in _WAITS or mask or write:
             frame = traceback.extract_stack(limit=2)[0]
             self.found.append(f"{frame.filename}:{frame.lineno}: {func.__name__}")
         return func(*args, **(kwargs or {}))
+
+
+def _waits(index: Any, value: Any) -> bool:
+    """Whether a write makes a shape of a mask, or copies a number to where slots are named."""
+    parts = index if isinstance(index, tuple) else (index,)
+    named = any(isinstance(part, Tensor) and part.dtype != torch.bool for part in parts)
+    return _has_mask(index) if isinstance(value, Tensor) else named
 
 
 def _has_mask(index: Any) -> bool:

@@ -210,8 +210,10 @@ class Seats:
         """`(batch, slots)` bool: tokens that are no anchor of `plan`."""
         # One slot more, to which padding is written.
         drop = self.mask.new_zeros(self.batch * self.slots + 1)
-        drop[self.index.masked_fill(~self.mask, -1).flatten()] = True
-        drop[self._anchors(plan).flatten()] = False
+        last = drop.shape[0] - 1
+        drop.index_fill_(0, self.index.masked_fill(~self.mask, last).flatten(), True)
+        anchors = self._anchors(plan).flatten()
+        drop.index_fill_(0, anchors.masked_fill(anchors < 0, last), False)
         return drop[:-1].reshape(self.batch, self.slots)
 
     def merge(self, hidden: Tensor, plan: Plan) -> Tensor:
