@@ -37,16 +37,19 @@ class BeforeLLM(Placement):
     """Between the vision tower and the projector: the LLM never sees what is dropped.
 
     Args:
-        positions: position ids in the LLM, ``"reindexed"`` by default (VTC-CLS, FasterVLM).
+        positions: position ids in the LLM. By default those of the model's family:
+            ``"reindexed"`` (VTC-CLS, FasterVLM), but ``"original"`` where positions have a time, a
+            row and a column (M-RoPE), which cannot be counted anew.
         newline: what becomes of the newline tokens of any-resolution images (LLaVA-NeXT):
             ``"keep"``, never counted in a budget, or ``"drop"`` (FasterVLM's released code).
     """
 
-    positions: Positions = "reindexed"
+    positions: Positions | None = None
     newline: Newline = "keep"
 
     def __post_init__(self) -> None:
-        _check_positions(self.positions)
+        if self.positions is not None:
+            _check_positions(self.positions)
         if self.newline not in get_args(Newline):
             raise SpecError(f"newline must be 'keep' or 'drop', got {self.newline!r}")
 

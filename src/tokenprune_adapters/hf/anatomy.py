@@ -19,15 +19,16 @@ class Anatomy:
         model: the whole model, including its LM head.
         core: the model without its head, which puts image features among the embeddings.
         llm: the language model, which gets embeddings.
-        towers: vision towers; all of them share one config.
-        projector: maps features of the towers to the width of the language model.
+        towers: modules that encode pixels.
+        projector: maps features of the towers to the width of the language model; None where
+            nobody works before it.
     """
 
     model: nn.Module
     core: Any
     llm: Any
     towers: tuple[nn.Module, ...]
-    projector: nn.Module
+    projector: Any
 
     @classmethod
     def of(cls, model: nn.Module) -> Anatomy:

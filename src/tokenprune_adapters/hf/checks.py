@@ -12,6 +12,7 @@ from tokenprune.placement import AfterLayer, Placement
 from tokenprune.versions import library
 
 from .anatomy import Anatomy, has_windows
+from .family import Family
 from .names import Argument, Call, Signature
 
 _RANKING = (Call.cache, Call.encoded, Call.kept_logits)
@@ -56,6 +57,15 @@ def check_model(parts: Anatomy, placement: Placement, encoders: Encoders) -> Non
     for name, wanted in encoders.items():
         # A call may ask for other layers than those that are configured, which is refused.
         check_method(parts, name, *wanted, Call.feature_layer)
+
+
+def check_family(family: Family, parts: Anatomy, placement: Placement) -> None:
+    """Refuse a model of `family` whose modules do not take what the hooks pass and read."""
+    check_transformers()
+    _check(parts.core, (*_CORE, *(sight.pixels for sight in family.sights)))
+    check_llm(parts.llm, layers=isinstance(placement, AfterLayer))
+    for sight in family.sights:
+        check_method(parts, sight.encode, sight.pixels, *sight.needs)
 
 
 def check_method(parts: Anatomy, name: str, *wanted: Argument[Any]) -> None:

@@ -20,7 +20,7 @@ from tokenprune.untraced import untraced
 
 from ..kit.before_projector import other_layer
 from ..kit.marks import marked
-from ..kit.method_wrapper import wrap_method
+from ..kit.method_wrapper import is_replaced, wrap_method
 from .anatomy import Anatomy
 from .checks import Encoders
 from .names import Call, Output, Signature
@@ -106,7 +106,7 @@ def check_select_strategy(parts: Anatomy, has_cls: bool) -> None:
 def encode_untraced(parts: Anatomy) -> Iterator[Removable]:
     """Wrappers that keep what encodes pictures and videos out of `torch.compile`."""
     for name in ("get_image_features", "get_video_features"):
-        if hasattr(parts.core, name):
+        if hasattr(parts.core, name) and not is_replaced(parts.core, name):
             yield from wrap_method(parts.core, name, lambda call, arguments: call())
 
 

@@ -94,6 +94,12 @@ class Call:
     sizes = Argument[Any]("image_sizes")
     feature_layer = Argument[Any]("vision_feature_layer", optional=True)
     select = Argument[str | None]("vision_feature_select_strategy", optional=True)
+    seams = Argument[Tensor]("cu_seqlens")
+    pixel_mask = Argument[Tensor | None]("pixel_attention_mask", optional=True)
+    image_grid = Argument[Tensor]("image_grid_thw")
+    video_grid = Argument[Tensor]("video_grid_thw")
+    deepstack = Argument[Any]("deepstack_visual_embeds", optional=True)
+    visual_slots = Argument[Tensor | None]("visual_pos_masks", optional=True)
     kept_logits = Argument[Any]("logits_to_keep", optional=True)
     # Of attention functions.
     scale = Argument[float | None]("scaling", optional=True)
@@ -233,6 +239,7 @@ class Output:
     states = Field[tuple[Tensor | None, ...]]("hidden_states")
     cache = Field[Any]("cache", "past_key_values")
     features = Field[Any]("pooler_output")
+    deepstack = Field[Any]("deepstack_features")
     shown = (
         Field[Any]("image_outputs", "image_hidden_states"),
         Field[Any]("video_outputs", "video_hidden_states"),

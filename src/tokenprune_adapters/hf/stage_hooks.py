@@ -75,9 +75,24 @@ class Placed:
         return frozenset(s for s in asked if not isinstance(s, QueryAttention))
 
     def install(
-        self, parts: Anatomy, find: FindImages, store: SignalCache, record: Record
+        self,
+        parts: Anatomy,
+        find: FindImages,
+        store: SignalCache,
+        record: Record,
+        counting: Positions = "reindexed",
+        planes: bool = False,
     ) -> Iterator[Removable]:
-        """The hooks on the language model of a model, and what tells it of its images."""
+        """The hooks on the language model of a model, and what tells it of its images.
+
+        Args:
+            parts: the parts of the model.
+            find: finds images in a call.
+            store: where signals of the tower are found.
+            record: where to note what was done.
+            counting: position ids before the LLM, where the placement leaves them to the family.
+            planes: whether they have a time, a row and a column (M-RoPE).
+        """
         core, llm = parts.core, parts.llm
         yield core.register_forward_pre_hook(SameParts(core).before)
         yield from encode_untraced(parts)
@@ -86,13 +101,13 @@ class Placed:
         tell = _TellPass(parts, self.before is not None, find if self.inside else None)
         yield core.register_forward_pre_hook(tell.before, with_kwargs=True)
         yield from keep_private(parts)
-        positions: Positions = "reindexed"
+        positions = counting
         if self.before is not None:
             assert isinstance(self.before.placement, BeforeLLM)
-            positions = self.before.placement.positions
+            positions = self.before.placement.positions or counting
         to_layers = bool(self.inside) or positions == "original"
         yield from ShortenPrompts(
-            llm, positions, record, tuple(self.inside), to_layers, store.settle
+            llm, positions, record, tuple(self.inside), to_layers, store.settle, planes
         ).install()
         if to_layers:
             hooks = ReduceInside(llm, self.inside, store, record)
@@ -127,10 +142,12 @@ class _TellPass(NotCopyable):
             return args, kwargs
         if self.marks and ids is not None and call.mask is not None and ids.shape[1] > 1:
             videos = self.parts.placeholders(ids, "video")
-            kwargs[VISUAL] = self.parts.placeholders(ids, "image") | videos
+            call.kwargs[VISUAL] = self.parts.placeholders(ids, "image") | videos
         if self.find is not None:
-            kwargs[IMAGES] = partial(self.find.find, call)
-        return args, kwargs
+            if self.find.encode is not None and ids is not None:
+                self.find.encode(call)
+            call.kwargs[IMAGES] = partial(self.find.find, call)
+        return call.hooked
 
 
 class FindImages(NotCopyable):
@@ -139,11 +156,19 @@ class FindImages(NotCopyable):
     Args:
         core: the model without its head.
         images: function that makes `Images` from the token ids and a call with images.
+        encode: function that encodes the pictures of a call before the model does; None where
+            `images` needs no features.
     """
 
-    def __init__(self, core: nn.Module, images: Callable[[Tensor, Call], Images]) -> None:
+    def __init__(
+        self,
+        core: nn.Module,
+        images: Callable[[Tensor, Call], Images],
+        encode: Callable[[Call], None] | None = None,
+    ) -> None:
         self.calls = calls_of(core)
         self.images = images
+        self.encode = encode
 
     def find(self, call: Call) -> Images | None:
         """The images of a call of the model without its head; None where it brings none."""

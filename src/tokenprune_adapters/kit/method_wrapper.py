@@ -45,15 +45,19 @@ def wrap_method(owner: nn.Module, name: str, around: Around) -> Iterator[Removab
     Raises:
         AttachError: somebody else has replaced the method.
     """
-    present = vars(owner).get(name)
-    if present is None:
-        present = _wrapped(getattr(owner, name))
-        setattr(owner, name, present)
-    arounds: list[Around] | None = getattr(present, _AROUNDS, None)
-    if arounds is None:
+    if is_replaced(owner, name):
         raise AttachError(f"somebody else has replaced {type(owner).__name__}.{name}")
+    if name not in vars(owner):
+        setattr(owner, name, _wrapped(getattr(owner, name)))
+    arounds: list[Around] = getattr(vars(owner)[name], _AROUNDS)
     arounds.append(around)
     yield _Wrapper(owner, name, arounds, around)
+
+
+def is_replaced(owner: nn.Module, name: str) -> bool:
+    """Whether somebody else has replaced a method of `owner`, which cannot be wrapped then."""
+    present = vars(owner).get(name)
+    return present is not None and not hasattr(present, _AROUNDS)
 
 
 def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:

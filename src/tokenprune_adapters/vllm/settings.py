@@ -197,7 +197,7 @@ def _stage(spec: str) -> Stage:
                 "and one position for all layers, so that none can be left out between two of "
                 "them; compress '@ before-llm', or use the model in transformers"
             )
-        if stage.placement.positions != "reindexed":
+        if stage.placement.positions not in (None, "reindexed"):
             raise UnsupportedError(
                 f"{shown(stage)!r} wants original positions, but vLLM counts the tokens of a "
                 "prompt itself, without gaps; use positions='reindexed'"

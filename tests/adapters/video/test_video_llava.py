@@ -532,7 +532,8 @@ def test_detaching_restores_the_method_and_the_outputs(model: Any) -> None:
     assert set(vars(model.model)) == names
     assert torch.equal(generate(model, collate(prompts()), STEPS).logits, vanilla.logits)
     with tokenprune.attach(model, spec(4, "frame")):
-        assert set(vars(model.model)) - names == {"get_video_features"}
+        encoders = {"get_image_features", "get_video_features"}
+        assert set(vars(model.model)) - names == encoders
     assert set(vars(model.model)) == names
 
 

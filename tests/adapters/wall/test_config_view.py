@@ -30,12 +30,15 @@ def attention(model: Any, layer: int) -> Any:
     return model.model.language_model.layers[layer].self_attn
 
 
-def test_attaching_sets_the_view_alone_and_detaching_takes_it_away(llava: MakeLlava) -> None:
+def test_attaching_sets_the_view_and_an_untraced_encoder_and_detaching_takes_it_away(
+    llava: MakeLlava,
+) -> None:
     model = llava()
     before, own = Snapshot(model), attention(model, 1).config
     with tokenprune.attach(model, FASTV):
         changed = before.differences(hooks=False)
-        assert set(changed) == {"model.language_model.layers.1.self_attn.config"}
+        view = "model.language_model.layers.1.self_attn.config"
+        assert set(changed) == {view, "model.get_image_features"}
         assert attention(model, 1).config.hidden_size == own.hidden_size
     assert before.differences() == []
     assert attention(model, 1).config is own

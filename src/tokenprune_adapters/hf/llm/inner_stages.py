@@ -39,6 +39,7 @@ from ..names import Call, Hooked, calls_of
 from .cache_layers import Shortened
 from .image_slots import Images, Seats
 from .kv_cache import difference, make_room, moved_down, state_of, total
+from .position_planes import of_text, rotated
 from .run import RUN, Run
 from .segment import Segment, Slots, enter
 from .signal_cache import SignalCache, fitted
@@ -132,6 +133,8 @@ class ReduceInside(NotCopyable):
         if segment.layout is not None:
             left = images.through(segment.layout)
             run.images = replace(left, left=plan.lengths)
+            if run.deepstack is not None:
+                run.deepstack = run.deepstack.through(segment.layout)
 
     def _decide(
         self, run: Run, images: Images, start: int, hidden: Tensor, seats: Seats
@@ -199,7 +202,8 @@ class ReduceInside(NotCopyable):
             segment = run.segment_of(number)
             real = segment.real
             if real is None:
-                real = torch.ones_like(segment.positions, dtype=torch.bool)
+                shape = segment.positions.shape[:2]
+                real = torch.ones(shape, dtype=torch.bool, device=segment.positions.device)
             # Static layers hand back slots that are yet to be filled.
             keys = int(run.whole.past + run.whole.slots - segment.after.offset)
             asked = replace(asked, key=asked.key[:, :, :keys])
@@ -260,7 +264,8 @@ class _BeforeLayer(NotCopyable):
             reading.ask(None)
         if run is None:
             return None  # which costs less than the same arguments
-        if reading is None and number not in self.inside.stages and not run.flash:
+        plain = not run.flash and run.deepstack is None
+        if reading is None and number not in self.inside.stages and plain:
             start = run.start_of(number)
             if start == 0:
                 return args, kwargs
@@ -269,6 +274,8 @@ class _BeforeLayer(NotCopyable):
                 return args, kwargs
         call = self.calls(args, kwargs)
         hidden = call.hidden
+        if run.deepstack is not None:
+            hidden = run.deepstack.added(hidden, number - 1)
         # Recomputation under gradient checkpointing comes by again, when all is decided.
         if number in self.inside.stages and number not in run.segments:
             self.inside.open_segment(run, number, hidden)
@@ -284,9 +291,10 @@ class _BeforeLayer(NotCopyable):
             reading.ask(self.inside.reader(run, number))
         if start > 0:
             if start not in run.rotary:
-                run.rotary[start] = self.inside.llm.rotary_emb(hidden, segment.positions)
+                rotary = self.inside.llm.rotary_emb
+                run.rotary[start] = rotary(hidden, rotated(segment.positions))
             call.rotary = run.rotary[start]
-            call.positions = segment.positions
+            call.positions = of_text(segment.positions)
             call.mask = segment.mask
             names = [call.find(each.names)[0] for each in (Call.rotary, Call.positions, Call.mask)]
             given = {name: call.kwargs[name] for name in names if name is not None}

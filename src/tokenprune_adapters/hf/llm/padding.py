@@ -14,6 +14,7 @@ from tokenprune.errors import UnsupportedError
 from ...kit.prompt_layout import samples
 from ..anatomy import attention_of, makes_cache
 from ..names import Call
+from .position_planes import PLANES, inwards, of_text
 
 
 def steps_of(llm: nn.Module, call: Call, shape: Sequence[int]) -> Tensor | None:
@@ -28,11 +29,13 @@ def steps_of(llm: nn.Module, call: Call, shape: Sequence[int]) -> Tensor | None:
         shape: batch and slots.
     """
     batch, slots = shape
-    if call.positions is None or slots == 1:
+    # M-RoPE counts text in a plane of its own, if at all.
+    positions = None if call.positions is None else of_text(inwards(call.positions))
+    if positions is None or slots == 1:
         return None
     cached = call.cache is not None or makes_cache(llm, call.wants_cache)
     looks = not cached or ("flash" in attention_of(llm) and batch == 1)
-    return samples(call.positions.expand(batch, slots)) if looks else None
+    return samples(positions.expand(batch, slots)) if looks else None
 
 
 def are_seams(llm: nn.Module, call: Call, all_real: bool) -> bool:
@@ -153,10 +156,21 @@ def _says_more(mask: Tensor, seen: Tensor, columns: Tensor, past: int) -> Tensor
     return more
 
 
-def positions_of(given: Tensor | None, past: int | Tensor, slots: Tensor) -> Tensor:
-    """`(batch, tokens)` int64 logical positions, the model's own default where none are given."""
+def positions_of(
+    given: Tensor | None, past: int | Tensor, slots: Tensor, planes: bool = False
+) -> Tensor:
+    """`(batch, tokens)` int64 logical positions, the model's own default where none are given.
+
+    Args:
+        given: of a call of the language model.
+        past: logical length of its cache.
+        slots: `(batch, tokens, ...)` of the pass.
+        planes: whether positions may be M-RoPE's, which come out as `(batch, tokens, planes)`.
+    """
     if given is None:
         given = past + torch.arange(slots.shape[1], device=slots.device)[None]
-    if given.ndim != 2:
-        raise UnsupportedError(f"position_ids must be (batch tokens), got {tuple(given.shape)}")
-    return given.to(slots.device).expand(slots.shape[0], slots.shape[1])
+    if given.ndim != 2 and not (planes and given.ndim == 3 and given.shape[0] in PLANES):
+        axes = "(batch tokens), or (3 or 4 planes, batch, tokens)" if planes else "(batch tokens)"
+        raise UnsupportedError(f"position_ids must be {axes}, got {tuple(given.shape)}")
+    positions = inwards(given.to(slots.device))
+    return positions.expand(slots.shape[0], slots.shape[1], *positions.shape[2:])

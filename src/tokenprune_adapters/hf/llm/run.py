@@ -13,6 +13,7 @@ from tokenprune.plan import Plan
 from tokenprune.signals import Signal, Signals
 
 from ..attention import Asked
+from .deepstack import DeepStack
 from .image_slots import Images, Seats
 from .segment import Pass, Segment
 
@@ -50,6 +51,7 @@ class Run:
         given: arguments by name of all layers of a segment, by its first layer.
         merges: what stages have merged, by their layer.
         flash: whether the attention is FlashAttention.
+        deepstack: features that are added between layers, where the model has any.
     """
 
     whole: Pass
@@ -65,6 +67,7 @@ class Run:
     given: dict[int, dict[str, Any]] = field(default_factory=dict)
     merges: dict[int, tuple[Seats, Plan]] = field(default_factory=dict)
     flash: bool = False
+    deepstack: DeepStack | None = None
 
     @property
     def concerns_layers(self) -> bool:
@@ -75,7 +78,8 @@ class Run:
             for each in self.segments.values()
         )
         # Where the model is traced, it may make a mask of its own where it is told of none.
-        return self.images is not None or self.flash or not same or torch.compiler.is_compiling()
+        more = self.images is not None or self.deepstack is not None
+        return more or self.flash or not same or torch.compiler.is_compiling()
 
     def start_of(self, layer: int) -> int:
         """The first layer of the segment that `layer` belongs to, as far as is known."""

@@ -33,7 +33,7 @@ class Segment:
         layout: from the slots of the segment before (or of the caller) to this one's; None where
             they are the same.
         real: `(batch, queries)` bool, False for padding and fillers; None where there are none.
-        positions: `(batch, queries)` int64 position ids.
+        positions: `(batch, queries)` int64 position ids, `(batch, queries, planes)` of M-RoPE.
         sample: `(batch, queries)` int64, the conversation of each slot, -1 for fillers; None where
             rows hold one.
         before: what the cache of these layers knew before the pass.
@@ -68,7 +68,7 @@ class Segment:
             stage: what leaves it out, for the message.
         """
         real = torch.ones_like(drop) if self.real is None else self.real
-        of = torch.zeros_like(self.positions) if self.sample is None else self.sample.clamp(min=0)
+        of = drop.long() * 0 if self.sample is None else self.sample.clamp(min=0)
         none = of.new_zeros(of.shape[0], int(of.max()) + 1)
         before, left = (none.scatter_add(1, of, each.long()) for each in (real, real & ~drop))
         if bool(((before > 0) & (left == 0)).any()):
@@ -181,7 +181,7 @@ def _mask(
     sample: Tensor | None,
     unmasked: bool,
 ) -> Tensor | None:
-    (batch, queries), attention = positions.shape, attention_of(llm)
+    (batch, queries), attention = positions.shape[:2], attention_of(llm)
     if attention not in ("sdpa", "eager") and "flash" not in attention:
         raise UnsupportedError(
             f"attention implementation {attention!r} cannot run a shortened prompt; use "
@@ -214,7 +214,8 @@ def _filled(
     if past is None or past.shape[1] != shape[1]:
         made = torch.ones(shape, dtype=torch.bool, device=positions.device)
         past = lasting(made if past is None else made.index_copy(1, _count(past), past))
-    new = torch.ones_like(positions, dtype=torch.bool) if new is None else new
+    if new is None:
+        new = torch.ones(positions.shape[:2], dtype=torch.bool, device=positions.device)
     return past.index_copy_(1, stored + _count(positions), new)
 
 

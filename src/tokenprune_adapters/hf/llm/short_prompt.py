@@ -27,6 +27,7 @@ from ...kit.prompt_layout import PromptLayout
 from ..anatomy import attention_of
 from ..names import Call, Hooked, Output, calls_of
 from .cache_layers import Shortened
+from .deepstack import DeepStack
 from .image_slots import Images
 from .kv_cache import (
     check_cache,
@@ -40,6 +41,7 @@ from .kv_cache import (
     stored_bytes,
 )
 from .padding import Padding, are_seams, length_of, no_images, positions_of, steps_of
+from .position_planes import outwards
 from .run import IMAGES, RUN, TEXT, VISUAL, Run
 from .segment import Pass, Slots, enter
 
@@ -54,6 +56,7 @@ class ShortenPrompts(NotCopyable):
         starts: layers at which stages inside the model reduce further; see `inner_stages.py`.
         to_layers: whether the layers have hooks that want the `Run`.
         settle: function from int64 numbers to a list of them, by a host sync.
+        planes: whether position ids have a time, a row and a column (M-RoPE).
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class ShortenPrompts(NotCopyable):
         starts: tuple[int, ...] = (),
         to_layers: bool = False,
         settle: Callable[[Tensor], list[int]] = Tensor.tolist,
+        planes: bool = False,
     ) -> None:
         self.llm = llm
         self.calls = calls_of(llm)
@@ -72,6 +76,7 @@ class ShortenPrompts(NotCopyable):
         self.starts = starts
         self.to_layers = to_layers
         self.settle = settle
+        self.planes = planes
 
     def install(self) -> Iterator[Removable]:
         """Yield the handles."""
@@ -177,7 +182,7 @@ class ShortenPrompts(NotCopyable):
         images = seen.images
         fresh = Shortened(0, padding.real_past, None, 0)
         known = state_of(cache, 0) or fresh
-        positions = positions_of(call.positions, padding.past, embeds)
+        positions = positions_of(call.positions, padding.past, embeds, self.planes)
         whole = Pass(llm, cache, padding.past, padding.shape[1])
         sample = steps if seen.gaps and are_seams(llm, call, seen.all_real) else None
         columns_real = None if seen.all_real else padding.real(embeds)
@@ -193,10 +198,13 @@ class ShortenPrompts(NotCopyable):
                 state = state_of(cache, start) or fresh
                 same = Slots(None, slots.real, moved_down(positions, state.moved), sample)
                 run.segments[start] = enter(same, state, whole, "original", start)
+        layers: Any = llm.layers
+        stack = DeepStack.taken(call, len(layers))
+        run.deepstack = None if stack is None else stack.through(first.layout)
         if first.layout is not None:
             embeds = first.layout.shorten(embeds)
         call.embeds = carry(embeds, run)
-        call.positions = first.positions
+        call.positions = outwards(first.positions)
         call.mask = first.mask
         if self.to_layers and run.concerns_layers:
             call.kwargs[RUN] = run

@@ -1,0 +1,255 @@
+"""Methods that encode pictures, of a family: what is dropped comes out of them as marks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tokenprune.errors import UnsupportedError
+from tokenprune.gather import gather_flat, zero_fillers
+from tokenprune.hooks import NotCopyable, Removable
+from tokenprune.plan import Plan
+from tokenprune.report import Record
+from tokenprune.signals import Signal, Signals
+from tokenprune.strategy import Strategy
+from tokenprune.to_device import numbers_on, sent
+from tokenprune.tokens import VisualTokens
+
+from ..kit.before_projector import Ids, Sizes
+from ..kit.fingerprint import fingerprint
+from ..kit.method_wrapper import wrap_method
+from .anatomy import Anatomy
+from .family import Encoded, Sight
+from .llm.image_slots import Images
+from .llm.signal_cache import SignalCache
+from .names import Call, Output, Signature, with_fields
+from .tower_attention import ReadTower
+
+
+@dataclass(frozen=True, eq=False)
+class _Slots:
+    """Slots of all rows of a call, one after the other.
+
+    Attributes:
+        lengths: slots of each row.
+        patches: `(slots,)` int64, the patch of its row that each is; -1 for none.
+        index: `(rows, tokens)` int64, the slot of each token: of those with a patch.
+        mask: `(rows, tokens)` bool, False where a row has fewer.
+        tokens: number of tokens of each row.
+    """
+
+    lengths: list[int]
+    patches: Tensor
+    index: Tensor
+    mask: Tensor
+    tokens: tuple[int, ...]
+
+    @classmethod
+    def of(cls, patches: Sequence[Tensor], device: torch.device) -> _Slots:
+        """From the patch that each slot of each row is, on the CPU."""
+        lengths = list(map(len, patches))
+        slots = torch.split(torch.arange(sum(lengths), device="cpu"), lengths)
+        held = [each[patch >= 0] for each, patch in zip(slots, patches, strict=True)]
+        index = sent(pad_sequence(held, batch_first=True), device)
+        tokens = tuple(map(len, held))
+        mask = torch.arange(index.shape[1], device=device) < numbers_on(device, tokens)[:, None]
+        return cls(lengths, sent(torch.cat(list(patches)), device), index, mask, tokens)
+
+    def take(self, x: Tensor) -> Tensor:
+        """`(slots, ...)` to `(rows, tokens, ...)`, zero where padded."""
+        return zero_fillers(gather_flat(x[None], self.index), self.mask)
+
+    def reduced(self, x: Tensor, plan: Plan, gone: float) -> Tensor:
+        """`(slots, channels)` with what `plan` makes of tokens at its anchors.
+
+        Args:
+            x: of all slots.
+            plan: for the tokens of the rows.
+            gone: what slots of other tokens hold.
+        """
+        last = len(x)  # one slot more, to which fillers are written
+        whole = torch.cat([x, x.new_zeros(1, x.shape[1])])
+        tokens = self.index.masked_fill(~self.mask, last).flatten()
+        anchors = self.index.gather(1, plan.anchors).masked_fill(~plan.mask, last).flatten()
+        kept = plan(self.take(x)).flatten(0, 1)
+        return whole.index_fill(0, tokens, gone).index_copy(0, anchors, kept)[:-1]
+
+
+@dataclass(eq=False)
+class Encoders(NotCopyable):
+    """What is around the methods of one model that encode pictures.
+
+    Attributes:
+        parts: the parts of the model.
+        sights: the kinds of picture that it takes.
+        strategy: for the tokens of each row; None keeps them all.
+        record: where to note what was done.
+        later: where stages inside the language model find what is known of rows; or None.
+        reader: reads the tower's attention; or None.
+    """
+
+    parts: Anatomy
+    sights: tuple[Sight, ...]
+    strategy: Strategy | None
+    record: Record
+    later: SignalCache | None
+    reader: ReadTower | None
+    _local: threading.local = field(default_factory=threading.local)
+
+    def install(self) -> Iterator[Removable]:
+        """Yield the handles."""
+        for sight in self.sights:
+            around = _Around(self, sight, Signature.of(getattr(self.parts.core, sight.encode)))
+            yield from wrap_method(self.parts.core, sight.encode, around)
+
+    def encode(self, sight: Sight, made: Call, call: Callable[[], Any]) -> Any:
+        """Make a call, and reduce what it gives."""
+        # A method for videos may call that for images: the outermost call decides.
+        if getattr(self._local, "running", False):
+            return call()
+        self._local.running = True
+        if self.reader is not None:
+            self.reader.begin()
+        try:
+            output = call()
+        finally:
+            self._local.running = False
+        if isinstance(output, tuple):  # of a caller's own; the model never takes one back
+            return output
+        return self._reduced(sight, made, output)
+
+    def _reduced(self, sight: Sight, call: Call, raw: Any) -> Any:
+        output = Output(raw)
+        flat, _, elements = _flat(output.features)
+        encoded = Encoded(self.parts.core, call, elements)
+        patches = sight.patches_of(encoded)
+        slots = _Slots.of(patches, flat.device)
+        if sum(slots.lengths) != len(flat):
+            raise UnsupportedError(
+                f"{sight.encode} of {type(self.parts.core).__name__} gave {len(flat)} features "
+                f"where its rows have {sum(slots.lengths)} slots"
+            )
+        seen = {} if self.reader is None else self.reader.take(encoded)
+        signals = Signals({signal: _by_row(slots.take(x)) for signal, x in seen.items()})
+        tokens = VisualTokens.of(
+            slots.take(flat),
+            mask=slots.mask,
+            lengths=slots.tokens,
+            patches=slots.patches[slots.index].masked_fill(~slots.mask, 0),
+            ids=lambda: _prints(sight, encoded, len(patches)).to(flat.device),
+        )
+        if self.strategy is not None:
+            raw, flat, tokens, signals = self._decide(sight, raw, slots, tokens, signals)
+        if self.later is not None:
+            known: dict[Signal, Tensor] = {**signals, Ids(): tokens.ids, Sizes(): tokens.sizes}
+            self.later.put(torch.split(flat, slots.lengths), Signals(known), patches)
+        return raw
+
+    def _decide(
+        self, sight: Sight, raw: Any, slots: _Slots, tokens: VisualTokens, signals: Signals
+    ) -> tuple[Any, Tensor, VisualTokens, Signals]:
+        """Run the strategy; the output, its features, and what is left."""
+        assert self.strategy is not None
+        output, origins = Output(raw), sight.origins_of(len(slots.lengths))
+        flat, back, _ = _flat(output.features)
+        with self.record.selecting(flat.device):
+            reduction = self.strategy(tokens, signals)
+        self.record.decided(reduction, origins)
+        plan = reduction.plan
+        if self.later is None:
+            self.record.counted(slots.tokens, {0: plan.lengths}, origins)
+        if plan.members is None and plan.lengths == slots.tokens:
+            return raw, flat, tokens, signals
+        flat = slots.reduced(flat, plan, -torch.inf)
+        raw = output.replaced(features=back(flat))
+        for also in sight.also:
+            name = also.name_in(raw)
+            if name is None:
+                raise also.missing_in(raw)
+            made = []
+            for layer in getattr(raw, name):
+                rows, again, _ = _flat(layer)
+                made.append(again(slots.reduced(rows, plan, 0.0)))
+            raw = with_fields(raw, {name: made})
+        return raw, flat, reduction.tokens, signals.reduce(plan)
+
+    def encode_now(self, call: Call) -> None:
+        """Encode what the model would encode in a call of it, a moment earlier.
+
+        So stages inside the language model see the features, as they do where `generate` has
+        encoded them.
+        """
+        if call.encoded:
+            return
+        encoded: dict[str, Any] = {}
+        for sight in self.sights:
+            if sight.pixels.__get__(call, Call) is not None:
+                method = getattr(self.parts.core, sight.encode)
+                taken = Signature.of(method).names & call.kwargs.keys()
+                encoded[sight.kind] = method(
+                    **{name: call.kwargs[name] for name in taken}, return_dict=True
+                )
+                sight.pixels.__set__(call, None)
+        if encoded:
+            call.encoded = encoded
+
+    def find(self, ids: Tensor, call: Call) -> Images:
+        """The images and videos of a call of the model."""
+        assert self.later is not None
+        found: Images | None = None
+        for sight in self.sights:
+            output = (call.encoded or {}).get(sight.kind)
+            if output is None:
+                continue
+            flat, _, elements = _flat(Output(output).features)
+            lengths = sight.lengths_of(Encoded(self.parts.core, call, elements))
+            patches = self.later.patches(torch.split(flat, list(lengths)))
+            origins = sight.origins_of(len(patches))
+            here = Images.of(self.parts.placeholders(ids, sight.kind), patches, origins)
+            found = here if found is None else found.and_(here)
+        assert found is not None
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Around:
+    """What is put around one method."""
+
+    encoders: Encoders
+    sight: Sight
+    signature: Signature
+
+    def __call__(self, call: Callable[[], Any], given: Mapping[str, Any]) -> Any:
+        return self.encoders.encode(self.sight, Call(self.signature, (), dict(given)), call)
+
+
+def _flat(features: Any) -> tuple[Tensor, Callable[[Tensor], Any], Sequence[Tensor]]:
+    """`(slots, channels)` of all elements, how to put them back, and the elements."""
+    if isinstance(features, Tensor):
+        shape = features.shape
+        elements = list(features) if features.ndim == 3 else [features]
+        return features.flatten(0, -2), lambda x: x.reshape(shape), elements
+    sizes, kind = [len(each) for each in features], type(features)
+    return torch.cat(list(features)), lambda x: kind(torch.split(x, sizes)), list(features)
+
+
+def _by_row(x: Tensor) -> Tensor:
+    """`(rows, tokens, layers, heads)` to `(rows, layers, heads, tokens)`."""
+    return x.permute(0, 2, 3, 1)
+
+
+def _prints(sight: Sight, encoded: Encoded, rows: int) -> Tensor:
+    """`(rows,)` int64, which picture each row shows."""
+    pixels = sight.pixels_of(encoded)
+    if len(pixels) != rows:
+        raise UnsupportedError(
+            f"{rows} rows of {sight.encode} came from {len(pixels)} pictures; a family must say "
+            "which pixels are of which row"
+        )
+    return fingerprint(pixels)

@@ -1,0 +1,241 @@
+"""Families that are shipped, each by a few lines of data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tokenprune.errors import UnsupportedError
+
+from .family import Encoded, Family, Sight, Tower
+from .names import Call, Field, Output
+
+
+def _hf(*names: str) -> tuple[str, ...]:
+    """Full names of classes: module and class in turn."""
+    pairs = zip(names[::2], names[1::2], strict=True)
+    return tuple(f"transformers.models.{at}.modeling_{at}.{name}" for at, name in pairs)
+
+
+def _packed(grid: Any) -> Any:
+    """Pixels of each picture, of patches of all pictures in a row."""
+
+    def pictures(encoded: Encoded) -> Tensor:
+        call = encoded.call
+        pixels: Any = call.pictures if grid is Call.image_grid else call.videos
+        sizes = grid.__get__(encoded.call, Call).prod(-1).tolist()
+        return pad_sequence(list(pixels.split(sizes)), batch_first=True)
+
+    return pictures
+
+
+def _merged(encoded: Encoded) -> Tensor:
+    """Qwen2-VL, Qwen3-VL: patches that become a token stand next to each other."""
+    unit = encoded.core.visual.spatial_merge_size**2
+    return torch.arange(sum(map(len, encoded.elements)) * unit).reshape(-1, unit)
+
+
+def _merged_by_window(encoded: Encoded) -> Tensor:
+    """Qwen2.5-VL: blocks work in the order of windows, tokens come out in that of rows."""
+    from transformers.vision_utils import get_vision_window_index
+
+    tower, given = encoded.core.visual, encoded.call
+    named = given.kwargs.keys() & {*Call.image_grid.names}
+    index, _ = get_vision_window_index(
+        given.image_grid if named else given.video_grid,
+        spatial_merge_size=tower.spatial_merge_size,
+        window_size=tower.window_size,
+        patch_size=tower.patch_size,
+    )
+    return _merged(encoded)[torch.argsort(index).cpu()]
+
+
+def squares(side: int, factor: int, pictures: int) -> Tensor:
+    """`(tokens, members)`: the patches that squares of `factor` by `factor` are made of.
+
+    >>> squares(4, 2, 1)[0]
+    tensor([0, 1, 4, 5])
+    """
+    grid = torch.arange(side * side).reshape(side // factor, factor, side // factor, factor)
+    one = grid.permute(0, 2, 1, 3).reshape(-1, factor * factor)
+    return torch.cat([one + number * side * side for number in range(pictures)])
+
+
+def _shuffled(encoded: Encoded) -> Tensor:
+    """InternVL: pixel shuffle."""
+    config = encoded.core.config
+    side = config.vision_config.image_size[0] // config.vision_config.patch_size[0]
+    return squares(side, round(1 / config.downsample_ratio), len(encoded.elements))
+
+
+def _connected(encoded: Encoded) -> Tensor:
+    """SmolVLM, Idefics3: pixel shuffle of each tile."""
+    vision, core = encoded.core.config.vision_config, encoded.core
+    mask = encoded.call.pixel_mask
+    if mask is not None and bool((mask.flatten(2).any(2) != mask.flatten(2).all(2)).any()):
+        raise UnsupportedError(
+            "attention of tiles with padded pixels is not read; let the image processor split or "
+            "resize pictures to whole tiles, or rank by features (diverse, similarity) or fastv"
+        )
+    side = vision.image_size // vision.patch_size
+    return squares(side, core.connector.scale_factor, len(_tiles(encoded)))
+
+
+def _tiles(encoded: Encoded) -> Sequence[int]:
+    """SmolVLM, Idefics3: an element is a prompt, which holds tiles."""
+    size = encoded.core.image_seq_len
+    return [size] * (sum(map(len, encoded.elements)) // size)
+
+
+def _tile_pixels(encoded: Encoded) -> Tensor:
+    """SmolVLM, Idefics3: prompts with fewer tiles than others have tiles of zeros."""
+    pixels = encoded.call.pixels.flatten(0, 1)
+    return pixels[pixels.flatten(1).any(1)]
+
+
+def _newlines(encoded: Encoded) -> Sequence[Tensor]:
+    """LLaVA-OneVision: rows of an any-resolution picture end in newlines, and so does a single."""
+    newline = encoded.core.image_newline
+    found = []
+    for each in encoded.elements:
+        patch = (each != newline.to(each)).any(-1).cpu()
+        found.append(torch.where(patch, patch.cumsum(0) - 1, -1))
+    return found
+
+
+def _last_newline(encoded: Encoded) -> Sequence[Tensor]:
+    """LLaVA-OneVision: one newline behind all frames of a video."""
+    (slots,) = {len(each) for each in encoded.elements}
+    patches = torch.arange(slots)
+    return [patches.masked_fill(patches == slots - 1, -1) for _ in encoded.elements]
+
+
+IMAGES = Sight("image", "get_image_features", Call.pictures)
+"""Pictures that come as elements of the features, one for each row of pixels."""
+
+
+def _qwen(also: tuple[Field[Any], ...] = ()) -> tuple[Sight, Sight]:
+    """Pictures and videos whose patches come in a row, with a grid of time, height and width."""
+    images, videos = Call.image_grid, Call.video_grid
+    return (
+        Sight(
+            "image",
+            "get_image_features",
+            Call.pictures,
+            (images,),
+            pictures=_packed(images),
+            also=also,
+        ),
+        Sight(
+            "video",
+            "get_video_features",
+            Call.videos,
+            (videos,),
+            pictures=_packed(videos),
+            also=also,
+        ),
+    )
+
+
+def _qwen_tower(members: Any) -> Tower:
+    return Tower("visual.blocks", members, attention="attn", fused="qkv")
+
+
+FAMILIES = (
+    Family(
+        "hf-qwen2-vl",
+        "Qwen2-VL of transformers (pictures and videos)",
+        _hf("qwen2_vl", "Qwen2VLForConditionalGeneration"),
+        _qwen(),
+        towers=("visual",),
+        tower=_qwen_tower(_merged),
+        positions="original",
+        planes="time, row and column",
+    ),
+    Family(
+        "hf-qwen2-5-vl",
+        "Qwen2.5-VL of transformers (pictures and videos)",
+        _hf("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
+        _qwen(),
+        towers=("visual",),
+        tower=_qwen_tower(_merged_by_window),
+        positions="original",
+        planes="time, row and column",
+    ),
+    Family(
+        "hf-qwen3-vl",
+        "Qwen3-VL of transformers, dense and MoE (pictures and videos)",
+        _hf(
+            "qwen3_vl",
+            "Qwen3VLForConditionalGeneration",
+            "qwen3_vl_moe",
+            "Qwen3VLMoeForConditionalGeneration",
+        ),
+        _qwen((Output.deepstack,)),
+        towers=("visual",),
+        tower=_qwen_tower(_merged),
+        positions="original",
+        planes="time, row and column",
+    ),
+    Family(
+        "hf-internvl",
+        "InternVL of transformers; a tile is a row",
+        _hf("internvl", "InternVLForConditionalGeneration"),
+        (IMAGES,),
+        tower=Tower(
+            "vision_tower.encoder.layer",
+            _shuffled,
+            attention="attention",
+            query="q_norm",
+            key="k_norm",
+            prefix=1,
+        ),
+    ),
+    Family(
+        "hf-llava-onevision",
+        "LLaVA-OneVision of transformers (pictures of any resolution, and videos)",
+        _hf("llava_onevision", "LlavaOnevisionForConditionalGeneration"),
+        (
+            Sight("image", "get_image_features", Call.pictures, patches=_newlines),
+            Sight("video", "get_video_features", Call.videos, patches=_last_newline),
+        ),
+    ),
+    Family(
+        "hf-smolvlm",
+        "SmolVLM and Idefics3 of transformers; a tile is a row",
+        _hf(
+            "smolvlm",
+            "SmolVLMForConditionalGeneration",
+            "idefics3",
+            "Idefics3ForConditionalGeneration",
+        ),
+        (
+            Sight(
+                "image",
+                "get_image_features",
+                Call.pictures,
+                rows=_tiles,
+                pictures=_tile_pixels,
+            ),
+        ),
+        llm="text_model",
+        towers=("vision_model",),
+        tower=Tower("vision_model.encoder.layers", _connected),
+    ),
+    Family(
+        "hf-vipllava",
+        "VipLlava of transformers",
+        _hf("vipllava", "VipLlavaForConditionalGeneration"),
+        (IMAGES,),
+    ),
+    Family(
+        "hf-mistral3",
+        "Mistral3 of transformers, with a Pixtral tower",
+        _hf("mistral3", "Mistral3ForConditionalGeneration"),
+        (IMAGES,),
+    ),
+)

@@ -1,0 +1,148 @@
+"""Family of models as data: where its parts are, and what the slots of its pictures hold.
+
+One adapter (`family_adapter.py`) serves every family; the families that are shipped are in
+`families.py`. What differs between models is a path, a name of an argument, or a few lines that say
+which slots share a budget.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.kept_patches import Kind, Origin
+from tokenprune.placement import Positions
+
+from .anatomy import Anatomy
+from .names import Argument, Call, Field
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """One call of a method that encodes pictures or videos, and what it gave.
+
+    Attributes:
+        core: the model without its head.
+        call: the call.
+        elements: `(slots, channels)` of each element of the features, in order.
+    """
+
+    core: Any
+    call: Call
+    elements: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Sight: a kind of picture that a family takes, images or videos.
+
+    A row is what shares a budget: a picture, a tile of one, or a video.
+
+    Attributes:
+        kind: ``"image"`` or ``"video"``.
+        encode: name of the core's method that encodes them.
+        pixels: argument that brings them.
+        needs: other arguments that the method must take.
+        rows: function that gives the number of slots of each row; None where each element of the
+            features is one.
+        patches: function that gives for each row `(slots,)` int64 on the CPU: the patch that each
+            slot is, counted over the row, or -1 for none; None where all are, in raster order.
+        pictures: function that gives the pixels of each row, `(rows, ...)`, zeros at the end
+            changing nothing; None where the pixels are those already.
+        also: fields of the output that go the way of the features (DeepStack), a list per layer.
+    """
+
+    kind: Kind
+    encode: str
+    pixels: Argument[Any]
+    needs: tuple[Argument[Any], ...] = ()
+    rows: Callable[[Encoded], Sequence[int]] | None = None
+    patches: Callable[[Encoded], Sequence[Tensor]] | None = None
+    pictures: Callable[[Encoded], Tensor] | None = None
+    also: tuple[Field[Any], ...] = ()
+
+    def lengths_of(self, encoded: Encoded) -> list[int]:
+        """Number of slots of each row."""
+        return list(map(len, encoded.elements) if self.rows is None else self.rows(encoded))
+
+    def patches_of(self, encoded: Encoded) -> list[Tensor]:
+        """The patch that each slot of each row is, see `patches`."""
+        if self.patches is not None:
+            return list(self.patches(encoded))
+        return [torch.arange(slots, device="cpu") for slots in self.lengths_of(encoded)]
+
+    def pixels_of(self, encoded: Encoded) -> Tensor:
+        """The pixels of each row."""
+        if self.pictures is not None:
+            return self.pictures(encoded)
+        pixels: Tensor = self.pixels.__get__(encoded.call, Call)
+        return pixels
+
+    def origins_of(self, rows: int) -> tuple[Origin, ...]:
+        """What each row shows."""
+        return tuple(Origin(number, self.kind) for number in range(rows))
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Tower: where its attention is read, and which patches become a token.
+
+    Attributes:
+        blocks: path from the core to the list of blocks.
+        members: function that gives `(tokens, members)` int64, the patches that each slot of the
+            features is made of, counted over the whole call without what is in front of patches.
+        attention: path from a block to its attention, which has `num_heads`.
+        query: module of the attention whose output is the queries of all heads, normed if they are.
+        key: the same for keys.
+        fused: module that gives queries, keys and values in one, to be rotated, of pictures in a
+            row (Qwen); then `query` and `key` are not looked at.
+        prefix: number of tokens in front of the patches, [CLS] and registers.
+        layer: block that gives the features, Python style.
+    """
+
+    blocks: str
+    members: Callable[[Encoded], Tensor]
+    attention: str = "self_attn"
+    query: str = "q_proj"
+    key: str = "k_proj"
+    fused: str = ""
+    prefix: int = 0
+    layer: int = -1
+
+
+@dataclass(frozen=True)
+class Family:
+    """Family of models.
+
+    Attributes:
+        name: name of the adapter.
+        summary: what it is, in a line of `tokenprune list`.
+        classes: full names of the classes.
+        sights: the kinds of picture it takes.
+        llm: path from the core to the language model.
+        towers: paths from the core to the modules that encode pixels.
+        tower: where their attention is read; None where it is not.
+        positions: position ids where a placement leaves them open; ``"original"`` alone is there
+            where they have a time, a row and a column (M-RoPE).
+    """
+
+    name: str
+    summary: str
+    classes: tuple[str, ...]
+    sights: tuple[Sight, ...]
+    llm: str = "language_model"
+    towers: tuple[str, ...] = ("vision_tower",)
+    tower: Tower | None = None
+    positions: Positions = "reindexed"
+    planes: Literal["one", "time, row and column"] = "one"
+
+    def anatomy(self, model: nn.Module) -> Anatomy:
+        """The parts of `model`."""
+        core: Any = model.model
+        towers = tuple(operator.attrgetter(path)(core) for path in self.towers)
+        return Anatomy(model, core, operator.attrgetter(self.llm)(core), towers, None)

@@ -1,0 +1,74 @@
+"""Adapter of every model that a `Family` describes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from tokenprune.adapter import ModelAdapter
+from tokenprune.errors import UnsupportedError
+from tokenprune.hooks import Removable
+from tokenprune.placement import BeforeLLM, Placement
+from tokenprune.report import Record
+from tokenprune.signals import Signal
+from tokenprune.strategy import Stage
+
+from .checks import check_family
+from .chunked_prefill import lost_images_guard
+from .encoders import Encoders
+from .family import Family
+from .llava_parts import check_budgets
+from .llm.signal_cache import SignalCache
+from .stage_hooks import FindImages, Placed, check_placement, readable
+from .tower_attention import ReadTower, given_by
+
+
+class FamilyAdapter(ModelAdapter):
+    """Adapter that reduces what a model puts at placeholders, or after its layers, or both.
+
+    What is reduced before the language model is what its method for pictures gives, behind the
+    projector, where each slot is a token.
+
+    Args:
+        family: the family of the models.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+
+    def provides(self, model: nn.Module, placement: Placement) -> frozenset[type[Signal]]:
+        check_placement(model, placement)
+        check_family(self.family, self.family.anatomy(model), placement)
+        counted = getattr(placement, "positions", None) == "reindexed"
+        if counted and self.family.planes != "one":
+            raise UnsupportedError(
+                f"positions of {type(model).__name__} have a {self.family.planes}, which cannot "
+                "be counted anew where tokens are dropped; use positions='original', or leave it "
+                "out"
+            )
+        if isinstance(placement, BeforeLLM) and placement.newline == "drop":
+            raise UnsupportedError(f"newline='drop' is not offered by {self.family.name}")
+        return readable(placement, given_by(self.family.tower))
+
+    def install(
+        self, model: nn.Module, stages: tuple[Stage, ...], record: Record
+    ) -> Iterator[Removable]:
+        parts = self.family.anatomy(model)
+        check_budgets(stages)
+        placed = Placed.of(stages, parts.llm)
+        store = SignalCache(parts.core.get_input_embeddings().weight.dtype)
+        reader = None
+        if placed.of_tower:
+            assert self.family.tower is not None
+            reader = ReadTower(parts.core, self.family.tower, placed.of_tower)
+            yield from reader.install()
+        later = store if placed.inside else None
+        encoders = Encoders(parts, self.family.sights, placed.strategy, record, later, reader)
+        if placed.before is not None or placed.inside:
+            yield from encoders.install()
+        find = FindImages(parts.core, encoders.find, encoders.encode_now)
+        yield from placed.install(
+            parts, find, store, record, self.family.positions, self.family.planes != "one"
+        )
+        yield from lost_images_guard(parts)

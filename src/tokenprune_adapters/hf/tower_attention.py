@@ -1,0 +1,156 @@
+"""Attention of a tower that a `Tower` describes, per slot of the features that enter the LLM."""
+
+from __future__ import annotations
+
+import operator
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from tokenprune.errors import UnsupportedError
+from tokenprune.hooks import NotCopyable, Removable
+from tokenprune.signals import ClsAttention, GivenAttention, ReceivedAttention, Signal
+
+from ..kit.tower_reading import layers_of, read_block
+from .family import Encoded, Tower
+from .names import Hooked, calls_of
+
+_ROTATE = "apply_rotary_pos_emb_vision"
+
+
+def given_by(tower: Tower | None) -> frozenset[type[Signal]]:
+    """The signals that are read of a tower."""
+    if tower is None:
+        return frozenset()
+    common: frozenset[type[Signal]] = frozenset({ReceivedAttention, GivenAttention})
+    return common | {ClsAttention} if tower.prefix else common
+
+
+class ReadTower(NotCopyable):
+    """Hooks on the blocks that signals ask about.
+
+    Args:
+        core: the model without its head.
+        tower: where its tower's attention is read.
+        signals: what is wanted.
+
+    Raises:
+        UnsupportedError: a part is not where the family says.
+    """
+
+    def __init__(self, core: Any, tower: Tower, signals: frozenset[Signal]) -> None:
+        self.tower = tower
+        try:
+            self.blocks: Any = operator.attrgetter(tower.blocks)(core)
+        except AttributeError as error:
+            raise UnsupportedError(f"{type(core).__name__} has no {tower.blocks}") from error
+        count = len(self.blocks)
+        self.wanted = {each: layers_of(each, tower.layer % count, count) for each in signals}
+        self._local = threading.local()
+
+    def install(self) -> Iterator[Removable]:
+        """Yield the handles."""
+        for number in sorted({each for layers in self.wanted.values() for each in layers}):
+            kinds = {type(each) for each, layers in self.wanted.items() if number in layers}
+            attention = operator.attrgetter(self.tower.attention)(self.blocks[number])
+            tap = _Tap(self, number, attention, frozenset(kinds))
+            if self.tower.fused:
+                yield attention.register_forward_pre_hook(tap.enter, with_kwargs=True)
+                projection = getattr(attention, self.tower.fused)
+                yield projection.register_forward_hook(tap.fused)
+            else:
+                for name, hook in ((self.tower.query, tap.query), (self.tower.key, tap.key)):
+                    yield getattr(attention, name).register_forward_hook(hook)
+
+    @property
+    def found(self) -> dict[object, Any] | None:
+        """What hooks of this thread's pass hand to each other; None outside of one."""
+        found: dict[object, Any] | None = getattr(self._local, "found", None)
+        return found
+
+    def begin(self) -> None:
+        """Forget the previous pass of this thread."""
+        self._local.found = {}
+
+    def take(self, encoded: Encoded) -> dict[Signal, Tensor]:
+        """`(slots, layers, heads)` of each signal: means over the patches of each slot."""
+        found, self._local.found = self.found or {}, None
+        members = self.tower.members(encoded)
+        answers: dict[Signal, Tensor] = {}
+        for signal, layers in self.wanted.items():
+            missing = [layer for layer in layers if (type(signal), layer) not in found]
+            if missing:
+                raise UnsupportedError(
+                    f"{type(signal).__name__} of block {missing[0]} was not seen: its attention "
+                    "was not called, or in another way than the family says"
+                )
+            flat = torch.stack([found[type(signal), layer] for layer in layers], dim=1)
+            answers[signal] = flat[members.to(flat.device)].mean(1)
+        return answers
+
+
+class _Tap(NotCopyable):
+    """Hooks of one block; signals are kept as `(patches of the call, heads)`."""
+
+    def __init__(
+        self, read: ReadTower, number: int, attention: Any, kinds: frozenset[type[Signal]]
+    ) -> None:
+        self.read = read
+        self.number = number
+        self.kinds = kinds
+        self.heads: int = attention.num_heads
+        self.calls = calls_of(attention)
+        # Beside the attention's own code, which rotates by it.
+        self.rotate: Any = getattr(sys.modules[type(attention).__module__], _ROTATE, None)
+        if read.tower.fused and self.rotate is None:
+            raise UnsupportedError(f"{type(attention).__name__} does not rotate by {_ROTATE}")
+
+    def _split(self, x: Tensor) -> Tensor:
+        return rearrange(x.detach(), "b n (h c) -> b h n c", h=self.heads)
+
+    def query(self, module: nn.Module, args: object, output: Tensor) -> None:
+        if self.read.found is not None:
+            self.read.found["query", self.number] = self._split(output)
+
+    @torch.no_grad()
+    def key(self, module: nn.Module, args: object, output: Tensor) -> None:
+        found = self.read.found
+        if found is not None:
+            query = found.pop(("query", self.number))
+            self._note([self._read(query, self._split(output))])
+
+    def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Hooked | None:
+        if self.read.found is not None:
+            call = self.calls(args, kwargs)
+            self.read.found["call", self.number] = call.seams, call.rotary
+        return None
+
+    @torch.no_grad()
+    def fused(self, module: nn.Module, args: object, output: Tensor) -> None:
+        found = self.read.found
+        if found is None:
+            return
+        seams, rotary = found.pop(("call", self.number))
+        split = "n (three h c) -> three n h c"
+        query, key, _ = rearrange(output.detach(), split, three=3, h=self.heads)
+        query, key = self.rotate(query, key, *rotary)
+        lengths = seams.diff().tolist()
+        pairs = zip(query.split(lengths), key.split(lengths), strict=True)
+        self._note([self._read(q.transpose(0, 1)[None], k.transpose(0, 1)[None]) for q, k in pairs])
+
+    def _read(self, query: Tensor, key: Tensor) -> dict[object, Tensor]:
+        answers: dict[object, Tensor] = {}
+        read_block(answers, self.number, self.kinds, query, key, self.read.tower.prefix)
+        return {
+            kind: rearrange(answers[kind, self.number], "b h n -> (b n) h") for kind in self.kinds
+        }
+
+    def _note(self, parts: list[dict[object, Tensor]]) -> None:
+        assert self.read.found is not None
+        for kind in self.kinds:
+            self.read.found[kind, self.number] = torch.cat([each[kind] for each in parts])
