@@ -153,6 +153,107 @@ QWEN_ROWS = [
 ]
 GIVEN = ["received-attention", "fopru"]
 
+SIGLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
+
+def _with(
+    config: str, model: str, vision: dict[str, Any], text: dict[str, Any], **more: Any
+) -> Any:
+    def make(attention: str) -> Any:
+        torch.manual_seed(0)
+        made = getattr(transformers, config)(
+            text_config=TEXT | text,
+            vision_config=vision,
+            attn_implementation=attention,
+            tie_word_embeddings=False,
+            **more,
+        )
+        return rescaled(getattr(transformers, model)(made))
+
+    return make
+
+
+def _pictures(parts: list[tuple[Any, ...]], side: int) -> Tensor:
+    return torch.stack([pixels(part[1], 3, side, side) for part in parts])
+
+
+TILE_ROWS = [
+    Row([1, 11, ("image", 1, 2), 12, 13, ("image", 2, 1), 14, 15]),
+    Row([1, 21, ("image", 3, 1), 22, 23]),
+]
+"""Pictures of some tiles each: (kind, seed, tiles)."""
+
+
+def _tiles_see(parts: list[tuple[Any, ...]]) -> tuple[dict[str, Any], list[int]]:
+    tiles = torch.cat([pixels(seed, count, 3, 32, 32) for _, seed, count in parts])
+    return {"pixel_values": tiles}, [16 * count for _, _, count in parts]
+
+
+def _idefics_sees(parts: list[tuple[Any, ...]]) -> tuple[dict[str, Any], list[int]]:
+    """Tiles of each prompt, padded by zeros: here the first prompt has all but the last picture."""
+    *first, last = [pixels(seed, count, 3, 32, 32) for _, seed, count in parts]
+    rows = [torch.cat(first), last] if first else [last]
+    most = max(map(len, rows))
+    padded = [torch.cat([row, row.new_zeros(most - len(row), 3, 32, 32)]) for row in rows]
+    return {"pixel_values": torch.stack(padded)}, [16 * count for _, _, count in parts]
+
+
+def _onevision_sees(parts: list[tuple[Any, ...]]) -> tuple[dict[str, Any], list[int]]:
+    images = [part for part in parts if part[0] == "image"]
+    videos = [part for part in parts if part[0] == "video"]
+    given: dict[str, Any] = {}
+    if images:
+        crops = [2 if (h, w) == (30, 14) else 1 for _, _, h, w in images]
+        crops = [1 + count for count in crops]
+        most = max(crops)
+        given["pixel_values"] = torch.stack(
+            [
+                torch.cat([pixels(p[1], n, 3, 16, 16), torch.zeros(most - n, 3, 16, 16)])
+                for p, n in zip(images, crops, strict=True)
+            ]
+        )
+        given["image_sizes"] = torch.tensor([p[2:] for p in images])
+    if videos:
+        given["pixel_values_videos"] = torch.stack([pixels(p[1], 3, 3, 16, 16) for p in videos])
+    return given, [len(each) for each in _onevision_slots(parts)]
+
+
+def _onevision_slots(parts: list[tuple[Any, ...]]) -> list[Tensor]:
+    """Written out by hand: base view of 16 patches, rows of the crops with a newline each."""
+    found = []
+    for part in parts:
+        if part[0] == "video":  # 3 frames of 2 x 2, and a newline
+            found.append(torch.tensor([*range(12), -1]))
+        else:
+            rows, columns = {(30, 14): (8, 4), (16, 16): (4, 4)}[part[2:]]
+            slots, patch = list(range(16)), 16
+            for _ in range(rows):
+                slots += [*range(patch, patch + columns), -1]
+                patch += columns
+            found.append(torch.tensor(slots))
+    return found
+
+
+def _onevision_patches(inputs: dict[str, Any]) -> list[Tensor]:
+    return _onevision_slots([("image", 1, 30, 14), ("image", 2, 16, 16), ("video", 3)])
+
+
+def _mistral_sees(parts: list[tuple[Any, ...]]) -> tuple[dict[str, Any], list[int]]:
+    high, wide = (max(part[axis] for part in parts) for axis in (2, 3))
+    made = torch.zeros(len(parts), 3, high, wide)
+    for number, (_, seed, h, w) in enumerate(parts):
+        made[number, :, :h, :w] = pixels(seed, 3, h, w)
+    sizes = torch.tensor([part[2:] for part in parts])
+    return {"pixel_values": made, "image_sizes": sizes}, [h * w // 64 for _, _, h, w in parts]
+
+
 FAMILIES = [
     Tiny(
         "qwen2-vl",
@@ -207,5 +308,136 @@ FAMILIES = [
         GIVEN,
         planes=True,
         frames=True,
+    ),
+    Tiny(
+        "qwen3-vl-moe",
+        _qwen(
+            "Qwen3VLMoeConfig",
+            "Qwen3VLMoeForConditionalGeneration",
+            MROPE
+            | {
+                "head_dim": 8,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 16,
+            },
+            {
+                "hidden_size": 32,
+                "out_hidden_size": 32,
+                "num_heads": 2,
+                "intermediate_size": 48,
+                "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [0, 2],
+            },
+        ),
+        _qwen_sees(4),
+        QWEN_ROWS,
+        GIVEN,
+        planes=True,
+        frames=True,
+    ),
+    Tiny(
+        "internvl",
+        _with(
+            "InternVLConfig",
+            "InternVLForConditionalGeneration",
+            {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 2,
+                "image_size": [32, 32],
+                "patch_size": [4, 4],
+                "use_qk_norm": True,
+            },
+            {"model_type": "qwen2"},
+            image_token_id=IMAGE,
+            image_seq_length=16,
+            vision_feature_layer=-1,
+        ),
+        _tiles_see,
+        TILE_ROWS,
+        ["cls-attention", "received-attention"],
+        split=lambda slots: [16] * (slots // 16),
+    ),
+    Tiny(
+        "llava-onevision",
+        _with(
+            "LlavaOnevisionConfig",
+            "LlavaOnevisionForConditionalGeneration",
+            {**SIGLIP, "model_type": "siglip_vision_model"},
+            {"model_type": "qwen2"},
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
+            vision_feature_layer=-1,
+        ),
+        _onevision_sees,
+        [
+            Row([1, 11, ("image", 1, 30, 14), 12, 13, ("image", 2, 16, 16), 14, 15]),
+            Row([1, 21, ("video", 3), 22, 23]),
+        ],
+        patch=_onevision_patches,
+    ),
+    *[
+        Tiny(
+            name,
+            _with(
+                config,
+                model,
+                SIGLIP | {"image_size": 32, "patch_size": 4},
+                {"model_type": "llama"},
+                image_token_id=IMAGE,
+                scale_factor=2,
+            ),
+            _idefics_sees,
+            TILE_ROWS,
+            ["received-attention"],
+            split=lambda slots: [16] * (slots // 16),
+        )
+        for name, config, model in (
+            ("smolvlm", "SmolVLMConfig", "SmolVLMForConditionalGeneration"),
+            ("idefics3", "Idefics3Config", "Idefics3ForConditionalGeneration"),
+        )
+    ],
+    Tiny(
+        "vipllava",
+        _with(
+            "VipLlavaConfig",
+            "VipLlavaForConditionalGeneration",
+            {**SIGLIP, "model_type": "clip_vision_model"},
+            {"model_type": "llama"},
+            image_token_id=IMAGE,
+            image_seq_length=16,
+            vision_feature_layers=[-1, -2],
+        ),
+        lambda parts: ({"pixel_values": _pictures(parts, 16)}, [16] * len(parts)),
+        [Row([1, 11, ("image", 1), 12, 13, ("image", 2), 14]), Row([1, 21, ("image", 3), 22])],
+    ),
+    Tiny(
+        "mistral3",
+        _with(
+            "Mistral3Config",
+            "Mistral3ForConditionalGeneration",
+            {
+                "model_type": "pixtral",
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 2,
+                "head_dim": 16,
+                "image_size": 64,
+                "patch_size": 4,
+            },
+            {"model_type": "mistral", "sliding_window": None},
+            image_token_id=IMAGE,
+            spatial_merge_size=2,
+            vision_feature_layer=-1,
+        ),
+        _mistral_sees,
+        [
+            Row([1, 11, ("image", 1, 32, 16), 12, 13, ("image", 2, 24, 32), 14]),
+            Row([1, 21, ("image", 3, 16, 16), 22]),
+        ],
     ),
 ]
