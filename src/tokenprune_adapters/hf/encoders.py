@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.errors import UnsupportedError
@@ -107,6 +108,12 @@ class Encoders(NotCopyable):
         for sight in self.sights:
             around = _Around(self, sight, Signature.of(getattr(self.parts.core, sight.encode)))
             yield from wrap_method(self.parts.core, sight.encode, around)
+        yield self.parts.core.register_forward_pre_hook(self._over)
+        yield self.parts.core.register_forward_hook(self._over, always_call=True)
+
+    def _over(self, core: nn.Module, *rest: object) -> None:
+        """What is encoded next is of other prompts."""
+        self._local.kinds = frozenset()
 
     def encode(self, sight: Sight, made: Call, call: Callable[[], Any]) -> Any:
         """Make a call, and reduce what it gives."""
@@ -160,10 +167,15 @@ class Encoders(NotCopyable):
         flat, back, _ = _flat(output.features)
         with self.record.selecting(flat.device):
             reduction = self.strategy(tokens, signals)
-        self.record.decided(reduction, origins)
         plan = reduction.plan
-        if self.later is None:
-            self.record.counted(slots.tokens, {0: plan.lengths}, origins)
+        # Pictures and videos of the same prompts come in a call each.
+        kinds: frozenset[str] = getattr(self._local, "kinds", frozenset())
+        joins = bool(kinds) and sight.kind not in kinds
+        self._local.kinds = kinds | {sight.kind} if joins else frozenset({sight.kind})
+        with self.record.same_call() if joins else nullcontext():
+            self.record.decided(reduction, origins)
+            if self.later is None:
+                self.record.counted(slots.tokens, {0: plan.lengths}, origins)
         if plan.members is None and plan.lengths == slots.tokens:
             return raw, flat, tokens, signals
         flat = slots.reduced(flat, plan, -torch.inf)

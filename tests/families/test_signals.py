@@ -1,0 +1,181 @@
+"""Signals of towers equal their eager maps, averaged by hand over the patches of each token."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+import tokenprune
+from support.families import FAMILIES, GRIDS, Tiny, collate
+from tokenprune import (
+    BeforeLLM,
+    ClsAttention,
+    Evict,
+    GivenAttention,
+    ReceivedAttention,
+    Scorer,
+    Strategy,
+    UnsupportedError,
+)
+
+NAMED = {tiny.name: tiny for tiny in FAMILIES}
+
+
+class Seen(Scorer):
+    """Scorer that keeps what it is given."""
+
+    seen: ClassVar[list[Any]] = []
+
+    def __init__(self, *signals: Any) -> None:
+        self.wanted = signals
+
+    @property
+    def signals(self) -> frozenset[Any]:
+        return frozenset(self.wanted)
+
+    def score(self, tokens: Any, signals: Any) -> Tensor:
+        self.seen.append((tokens, {each: signals[each] for each in self.wanted}))
+        return torch.zeros(tokens.mask.shape).masked_fill(~tokens.mask, -torch.inf)
+
+
+def maps(model: Any, blocks: Any, call: Callable[[], Any], monkeypatch: Any) -> list[list[Tensor]]:
+    """Eager attention maps of each block, one for each picture that is a chunk of its own."""
+    found: dict[int, list[Tensor]] = {}
+    first = next(iter(blocks))
+    attention = next(each for each in first.modules() if type(each).__name__.endswith("Attention"))
+    module = sys.modules[type(attention).__module__]
+    inside = {id(each): n for n, block in enumerate(blocks) for each in block.modules()}
+    original = module.eager_attention_forward
+
+    def forward(of: Any, *args: Any, **kwargs: Any) -> Any:
+        out, weights = original(of, *args, **kwargs)
+        if id(of) in inside:
+            found.setdefault(inside[id(of)], []).append(weights)
+        return out, weights
+
+    monkeypatch.setattr(module, "eager_attention_forward", forward)
+    call()
+    monkeypatch.undo()
+    return [found[number] for number in sorted(found)]
+
+
+def squares(side: int, factor: int) -> list[list[int]]:
+    return [
+        [
+            (row * factor + y) * side + column * factor + x
+            for y in range(factor)
+            for x in range(factor)
+        ]
+        for row in range(side // factor)
+        for column in range(side // factor)
+    ]
+
+
+def fours(tokens: int) -> list[list[int]]:
+    return [list(range(4 * token, 4 * token + 4)) for token in range(tokens)]
+
+
+def windowed(grid: tuple[int, int, int]) -> list[list[int]]:
+    """Patches in the order of windows of 2 x 2 tokens, as a list for each token in raster order."""
+    time, height, width = grid[0], grid[1] // 2, grid[2] // 2
+    order = [
+        (t * height + row) * width + column
+        for t in range(time)
+        for top in range(0, height, 2)
+        for left in range(0, width, 2)
+        for row in range(top, min(top + 2, height))
+        for column in range(left, min(left + 2, width))
+    ]
+    return [fours(len(order))[order.index(token)] for token in range(len(order))]
+
+
+CASES = {
+    "qwen2-vl": ("visual.blocks", 0, lambda part: fours(_tokens(part))),
+    "qwen2.5-vl": ("visual.blocks", 0, lambda part: windowed(GRIDS[part[2]])),
+    "qwen3-vl": ("visual.blocks", 0, lambda part: fours(_tokens(part))),
+    "internvl": ("vision_tower.encoder.layer", 1, lambda part: squares(8, 2)),
+    "smolvlm": ("vision_model.encoder.layers", 0, lambda part: squares(8, 2)),
+}
+
+
+def _tokens(part: Any) -> int:
+    time, height, width = GRIDS[part[2]]
+    return time * height * width // 4
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_signals_are_those_of_the_eager_map(name: str, monkeypatch: Any) -> None:
+    tiny: Tiny = NAMED[name]
+    path, prefix, members = CASES[name]
+    plain, inputs = tiny.make("eager"), collate(tiny, tiny.rows)
+    blocks = plain.model
+    for part in path.split("."):
+        blocks = getattr(blocks, part)
+    with torch.no_grad():
+        found = maps(plain, blocks, lambda: plain(**inputs), monkeypatch)[-1]
+    model = tiny.make("sdpa")
+    kinds = [ReceivedAttention(1), GivenAttention(1)] + ([ClsAttention(1)] if prefix else [])
+    Seen.seen.clear()
+    with (
+        torch.no_grad(),
+        tokenprune.attach(model, Strategy(Seen(*kinds), Evict(4)).at(BeforeLLM())),
+    ):
+        model(**inputs)
+    # Pictures that are patches in a row are chunks; tiles are rows of one batch.
+    chunks = [one for each in found for one in (each if len(each) > 1 else [each[0]])]
+    parts = [part for row in tiny.rows for part in row.parts if isinstance(part, tuple)]
+    parts = sorted(parts, key=lambda part: part[0] == "video")
+    rows = [(seen, signals, row) for seen, signals in Seen.seen for row in range(len(seen.mask))]
+    if tiny.split is None:  # frames of a video are chunks
+        counts = [GRIDS[part[2]][0] if part[0] == "video" else 1 for part in parts]
+    else:
+        parts, counts = [parts[0]] * len(rows), [1] * len(rows)
+    assert len(rows) == len(parts)
+    assert sum(counts) == len(chunks)
+    for (seen, signals, row), part, count in zip(rows, parts, counts, strict=True):
+        mine, chunks = chunks[:count], chunks[count:]
+        groups = torch.tensor(members(part))
+        among = [each[:, prefix:, prefix:] for each in mine]
+        wanted = {
+            ReceivedAttention(1): torch.cat([each.mean(1) for each in among], dim=1),
+            GivenAttention(1): torch.cat([each.mean(2) for each in among], dim=1),
+        }
+        if prefix:
+            wanted[ClsAttention(1)] = torch.cat([each[:, 0, prefix:] for each in mine], dim=1)
+        for kind in kinds:
+            tokens = wanted[kind][:, groups].mean(-1)
+            got = signals[kind][row, 0, :, : tokens.shape[1]]
+            torch.testing.assert_close(got, tokens, atol=1e-6, rtol=0)
+            assert seen.lengths[row] == tokens.shape[1]
+
+
+def test_a_family_without_a_tower_to_read_says_what_works() -> None:
+    model = NAMED["mistral3"].make("sdpa")
+    with pytest.raises(UnsupportedError, match="cannot supply ReceivedAttention.*that work here"):
+        tokenprune.attach(model, "received-attention | evict(4)")
+
+
+def test_positions_of_three_planes_cannot_be_counted_anew() -> None:
+    model = NAMED["qwen2-vl"].make("sdpa")
+    with pytest.raises(UnsupportedError, match="time, row and column, which cannot be counted"):
+        tokenprune.attach(model, "uniform | evict(4) @ before-llm(positions='reindexed')")
+
+
+def test_tiles_with_padded_pixels_are_refused_where_their_attention_is_read() -> None:
+    tiny = NAMED["smolvlm"]
+    model, inputs = tiny.make("sdpa"), collate(tiny, tiny.rows)
+    mask = torch.ones(2, 3, 32, 32, dtype=torch.bool)
+    mask[0, 0, 20:] = False
+    with torch.no_grad():
+        with (
+            tokenprune.attach(model, "received-attention | evict(4)"),
+            pytest.raises(UnsupportedError, match="tiles with padded pixels"),
+        ):
+            model(**inputs, pixel_attention_mask=mask)
+        with tokenprune.attach(model, "uniform | evict(4)"):
+            model(**inputs, pixel_attention_mask=mask)
