@@ -66,7 +66,8 @@ def test_a_second_turn_goes_on_from_the_cache(tiny: Tiny) -> None:
         if tiny.planes:  # which the model counts for whole prompts alone
             last = out.logits.shape[1] + model.model.rope_deltas
             more["position_ids"] = (last + torch.arange(3)).expand(3, 1, 3)
-        second = model(**more, cache=out.cache, use_cache=True).logits
+        cache = out["cache" if "cache" in out else "past_key_values"]
+        second = model(**more, past_key_values=cache, use_cache=True).logits
         wanted = model(**whole, use_cache=False).logits[:, -3:]
     torch.testing.assert_close(second, wanted, atol=1e-4, rtol=0)
 

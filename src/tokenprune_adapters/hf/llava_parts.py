@@ -34,6 +34,11 @@ def hide_marks(core: nn.Module, args: object, output: Any) -> Any:
     return Output(output).show(_without_marks)
 
 
+def hide_any_marks(core: nn.Module, args: object, output: Any) -> Any:
+    """The same of models some releases of which show no features."""
+    return Output(output).show(_without_marks, required=False)
+
+
 @untraced
 def _without_marks(features: list[Tensor]) -> list[Tensor]:
     dropped = [marked(each) for each in features]

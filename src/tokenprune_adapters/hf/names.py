@@ -267,15 +267,17 @@ class Output:
             named[name] = value
         return with_fields(self.raw, named)
 
-    def show(self, shown: Callable[[list[Tensor]], list[Tensor]]) -> Any:
+    def show(self, shown: Callable[[list[Tensor]], list[Tensor]], required: bool = True) -> Any:
         """A copy in which callers see image features as `shown` makes them, one or several.
+
+        Some models show none, which is an error where they are `required`.
 
         Up to transformers 5.23 they are a field of their own. Since 5.24 the output holds that of
         the encoder, the very object that `generate` hands to later calls.
         """
         fields: dict[str, Any] = {}
         images, videos = self.shown  # of which models for pictures alone have the first
-        if images.name_in(self.raw) is None:
+        if required and images.name_in(self.raw) is None:
             raise images.missing_in(self.raw)
         for field in (images, videos):
             name = field.name_in(self.raw)

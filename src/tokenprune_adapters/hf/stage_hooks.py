@@ -20,7 +20,7 @@ from tokenprune.strategy import Stage, Strategy
 
 from .anatomy import Anatomy
 from .candidates_guard import RefuseCandidates
-from .llava_parts import SameParts, encode_untraced, hide_marks, keep_private
+from .llava_parts import SameParts, encode_untraced, hide_any_marks, hide_marks, keep_private
 from .llm.image_slots import Images
 from .llm.inner_stages import QueryAttention, ReduceInside
 from .llm.run import IMAGES, TEXT, VISUAL
@@ -97,7 +97,9 @@ class Placed:
         yield core.register_forward_pre_hook(SameParts(core).before)
         yield from encode_untraced(parts)
         if self.before is not None:
-            yield core.register_forward_hook(hide_marks)
+            yield core.register_forward_hook(
+                hide_any_marks if parts.projector is None else hide_marks
+            )
         tell = _TellPass(parts, self.before is not None, find if self.inside else None)
         yield core.register_forward_pre_hook(tell.before, with_kwargs=True)
         yield from keep_private(parts)
