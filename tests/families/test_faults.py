@@ -1,0 +1,194 @@
+"""Planted faults of this kind of code: each is found by a check of what is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import pytest
+import torch
+from torch import Tensor
+
+import tokenprune
+from support.families import FAMILIES, Tiny, collate
+from support.family_oracle import Cut, expected
+from tokenprune_adapters.hf import encoders, families, tower_attention
+from tokenprune_adapters.hf.llm import deepstack, image_slots, inner_stages, short_prompt
+
+from .test_families import lengths
+from .test_signals import test_signals_are_those_of_the_eager_map as check_signals
+
+Patch: TypeAlias = pytest.MonkeyPatch
+
+NAMED = {tiny.name: tiny for tiny in FAMILIES}
+
+
+def a_plane_dropped(patch: Patch) -> None:
+    def outwards(positions: Tensor) -> Tensor:
+        planes = positions.movedim(-1, 0)
+        return torch.cat([planes[:-1], planes[-2:-1]])
+
+    patch.setattr(short_prompt, "outwards", outwards)
+
+
+def planes_of_later_layers_mixed_up(patch: Patch) -> None:
+    patch.setattr(inner_stages, "rotated", lambda positions: positions.movedim(-1, 0)[-3:].flip(0))
+
+
+def deepstack_rows_unreduced(patch: Patch) -> None:
+    patch.setattr(
+        deepstack.DeepStack,
+        "through",
+        lambda self, layout: replace(
+            self, row=self.row if layout is None else self.row[:, : layout.index.shape[1]]
+        ),
+    )
+
+
+def deepstack_left_out(patch: Patch) -> None:
+    patch.setattr(deepstack.DeepStack, "added", lambda self, hidden, layer: hidden)
+
+
+def merged_features_beside_unmerged_deepstack(patch: Patch) -> None:
+    original = encoders._Slots.reduced
+
+    def reduced(self: Any, x: Tensor, plan: Any, gone: float) -> Tensor:
+        return x if gone == 0 else original(self, x, plan, gone)
+
+    patch.setattr(encoders._Slots, "reduced", reduced)
+
+
+def order_of_tiles_reversed(patch: Patch) -> None:
+    original = encoders._Slots.of.__func__  # type: ignore[attr-defined]
+
+    def of(cls: Any, patches: Any, device: Any) -> Any:
+        made = original(cls, patches, device)
+        return replace(made, index=made.index.flip(0), mask=made.mask.flip(0))
+
+    patch.setattr(encoders._Slots, "of", classmethod(of))
+
+
+def newlines_counted(patch: Patch) -> None:
+    from tokenprune_adapters.hf.family import Sight
+
+    def patches_of(self: Any, encoded: Any) -> list[Tensor]:
+        return [torch.arange(slots) for slots in self.lengths_of(encoded)]
+
+    patch.setattr(Sight, "patches_of", patches_of)
+
+
+def videos_in_the_place_of_pictures(patch: Patch) -> None:
+    def and_(self: Any, others: Any) -> Any:
+        return replace(
+            original(self, others),
+            image=torch.where(others.image >= 0, others.image, self.image + 1),
+        )
+
+    original = image_slots.Images.and_
+    patch.setattr(image_slots.Images, "and_", and_)
+
+
+def nested_encoders_reduce_twice(patch: Patch) -> None:
+    """A method for videos calls that for images, which reduces as well."""
+
+    def encode(self: Any, sight: Any, made: Any, call: Callable[[], Any]) -> Any:
+        return self._reduced(sight, made, call())
+
+    patch.setattr(encoders.Encoders, "encode", encode)
+
+
+COMPUTED = [
+    (a_plane_dropped, "qwen2-vl", "before"),
+    (planes_of_later_layers_mixed_up, "qwen2.5-vl", "after"),
+    (deepstack_rows_unreduced, "qwen3-vl", "before"),
+    (deepstack_left_out, "qwen3-vl", "before"),
+    (merged_features_beside_unmerged_deepstack, "qwen3-vl", "merge"),
+    (order_of_tiles_reversed, "llava-onevision", "before"),
+    (newlines_counted, "llava-onevision", "before"),
+    (videos_in_the_place_of_pictures, "qwen2-vl", "after"),
+    (nested_encoders_reduce_twice, "qwen3-vl", "merge"),
+]
+SPECS = {
+    "before": ("uniform | evict(5) @ before-llm(positions='original')", Cut("uniform | evict(5)")),
+    "merge": ("tome(5) @ before-llm(positions='original')", Cut("tome(5)")),
+    "after": ("fastv | evict(4) @ after-layer(2)", Cut("fastv | evict(4)", 2)),
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "where"), COMPUTED, ids=lambda each: str(getattr(each, "__name__", each))
+)
+def test_what_is_computed_shows_it(
+    fault: Callable[[Patch], None], name: str, where: str, monkeypatch: Patch
+) -> None:
+    tiny: Tiny = NAMED[name]
+    spec, cut = SPECS[where]
+    inputs = collate(tiny, tiny.rows)
+    how = {} if tiny.patch is None else {"patch": tiny.patch(inputs)}
+    wanted, left, _ = expected(tiny.make("eager"), inputs, lengths(tiny, inputs), [cut], 1, **how)
+    model = tiny.make("eager")
+    fault(monkeypatch)
+    try:
+        with torch.no_grad(), tokenprune.attach(model, spec):
+            got = model(**inputs).logits
+    except Exception:
+        return
+    assert got.shape != wanted.shape or not (got[left] - wanted[left]).abs().max() < 1e-3
+
+
+def window_order_not_undone(patch: Patch) -> None:
+    _members(patch, "hf-qwen2-5-vl", families._merged)
+
+
+def group_of_four_shifted(patch: Patch) -> None:
+    _members(patch, "hf-qwen2-vl", lambda encoded: families._merged(encoded).roll(1))
+
+
+def tiles_read_row_by_row(patch: Patch) -> None:
+    def members(encoded: Any) -> Tensor:
+        return families._shuffled(encoded).sort().values.flatten().sort().values.reshape(-1, 4)
+
+    _members(patch, "hf-internvl", members)
+
+
+def frames_as_one_picture(patch: Patch) -> None:
+    original = tower_attention._Tap.fused
+
+    def fused(self: Any, module: Any, args: Any, output: Tensor) -> None:
+        found = self.read.found
+        if found is not None:
+            seams, rotary = found["call", self.number]
+            found["call", self.number] = seams[[0, -1]], rotary
+        original(self, module, args, output)
+
+    patch.setattr(tower_attention._Tap, "fused", fused)
+
+
+def _members(patch: Patch, name: str, members: Any) -> None:
+    """Another assignment of patches to tokens in one family."""
+    original = tower_attention.ReadTower.__init__
+
+    def start(self: Any, core: Any, tower: Any, signals: Any) -> None:
+        original(self, core, replace(tower, members=members), signals)
+
+    patch.setattr(tower_attention.ReadTower, "__init__", start)
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [
+        (window_order_not_undone, "qwen2.5-vl"),
+        (group_of_four_shifted, "qwen2-vl"),
+        (tiles_read_row_by_row, "internvl"),
+        (frames_as_one_picture, "qwen3-vl"),
+    ],
+    ids=lambda each: str(getattr(each, "__name__", each)),
+)
+def test_what_is_read_of_the_tower_shows_it(
+    fault: Callable[[Patch], None], name: str, monkeypatch: Patch
+) -> None:
+    with pytest.MonkeyPatch.context() as planted:
+        fault(planted)
+        with pytest.raises(AssertionError):
+            check_signals(name, monkeypatch)
