@@ -88,7 +88,7 @@ matrix: $(READY)  ## adapter tests on old and new transformers, Python, torch
 	test -z "$$failed" || { echo "failed on:$$failed"; exit 1; }
 
 matrix-%: .venv-%/.ready
-	$(SINGLE) .venv-$*/bin/python -m pytest -n $(JOBS) -p no:cacheprovider tests/adapters
+	$(SINGLE) .venv-$*/bin/python -m pytest -n $(JOBS) -p no:cacheprovider tests/adapters tests/families
 
 # The lowest Python with the lowest torch and open_clip, and the newest of what they allow.
 .venv-lowest/.ready: pyproject.toml src/tokenprune/versions.py
@@ -115,7 +115,7 @@ canary:  ## adapters, demo and doctor on the newest releases of everything
 	.venv-canary/bin/python -m pip install --quiet --no-deps -e . $(EXAMPLES:%=-e %)
 	@status=0; \
 	$(SINGLE) .venv-canary/bin/python -m pytest -n $(JOBS) -p no:cacheprovider \
-	  tests/adapters tests/conformance || status=1; \
+	  tests/adapters tests/families tests/conformance || status=1; \
 	.venv-canary/bin/tokenprune demo --out out/canary || status=1; \
 	.venv-canary/bin/tokenprune doctor || status=1; \
 	test $$status = 0 && echo "passed on:" || echo "FAILED on:"; \

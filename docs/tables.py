@@ -13,14 +13,18 @@ from pathlib import Path
 from tokenprune.cli.catalogue import differences, markdown
 from tokenprune.plugins import Registry, registry
 from tokenprune.versions import LIBRARIES, Library, library
+from tokenprune_adapters.hf.families import FAMILIES
+from tokenprune_adapters.hf.tower_attention import given_by
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "reference"
-PAGES = (ROOT / "README.md", REFERENCE / "strategies.md", REFERENCE / "compatibility.md")
+MODELS = ROOT / "docs" / "how-to" / "use-another-model.md"
+PAGES = (ROOT / "README.md", REFERENCE / "strategies.md", REFERENCE / "compatibility.md", MODELS)
 PROJECTS = (ROOT / "pyproject.toml", *sorted((ROOT / "docs" / "examples").glob("*/pyproject.toml")))
 STRATEGIES = "<!-- strategies: written by `make tables` -->", "<!-- end of strategies -->"
 SIX = "<!-- six recipes: written by `make tables` -->", "<!-- end of six recipes -->"
 FIRST = ("vtc-cls", "fastv", "visionzip", "divprune", "prumerge", "tome")
+FAMILY = "<!-- families: written by `make tables` -->", "<!-- end of families -->"
 DIFFERENCES = "<!-- differences: written by `make tables` -->", "<!-- end of differences -->"
 VERSIONS = "<!-- versions: written by `make tables` -->", "<!-- end of versions -->"
 OURS = ("tokenprune", "tokenprune-vlm")
@@ -40,6 +44,8 @@ def with_tables(text: str) -> str:
     """`text` with the tables of today between its markers."""
     tables = {STRATEGIES: markdown, SIX: first, DIFFERENCES: differences}
     made = {marks: write(own(registry())) for marks, write in tables.items() if marks[0] in text}
+    if FAMILY[0] in text:
+        made[FAMILY] = families()
     if VERSIONS[0] in text:
         made[VERSIONS] = versions()
     if not made:
@@ -54,6 +60,18 @@ def first(known: Registry) -> str:
     recipes = {offer.plugin.name: offer.plugin for offer in known.recipes}
     rows = (f"| `{name}` | {recipes[name].summary} | {recipes[name].paper} |" for name in FIRST)
     return "\n".join(("| recipe | what it does | from |", "|---|---|---|", *rows))
+
+
+def families() -> str:
+    """The families that are described by data, in Markdown."""
+    rows = []
+    for family in FAMILIES:
+        names = ", ".join(f"`{each.rpartition('.')[2]}`" for each in family.classes)
+        kinds = " and ".join(f"{sight.kind}s" for sight in family.sights)
+        signals = ", ".join(sorted(each.__name__ for each in given_by(family.tower))) or "none"
+        rows.append(f"| {names} | {kinds} | `{family.positions}` | {signals} |")
+    head = "| class | takes | positions before the LLM | signals of the tower |"
+    return "\n".join((head, "|---|---|---|---|", *rows))
 
 
 def versions() -> str:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
-from typing import TYPE_CHECKING
 
 from tokenprune.adapter import ModelAdapter, TowerAdapter
 from tokenprune.plugins import ModelPlugin, TowerPlugin, hookimpl
 from tokenprune.trial import Trial
-
-if TYPE_CHECKING:
-    from .hf.family import Family
 
 
 def _clip() -> TowerAdapter:
@@ -42,12 +37,6 @@ def _video_llava() -> ModelAdapter:
     from .hf.video_llava import VideoLlavaAdapter
 
     return VideoLlavaAdapter()
-
-
-def _family(family: Family) -> ModelAdapter:
-    from .hf.family_adapter import FamilyAdapter
-
-    return FamilyAdapter(family)
 
 
 def _open_clip() -> TowerAdapter:
@@ -143,9 +132,9 @@ def tokenprune_models() -> Iterable[ModelPlugin]:
         _video_llava_trials,
     )
     from .hf.families import FAMILIES
+    from .hf.family import family_plugin
 
-    for family in FAMILIES:
-        yield ModelPlugin(family.name, family.summary, partial(_family, family), family.classes)
+    yield from map(family_plugin, FAMILIES)
     yield ModelPlugin(
         "open-clip-visual",
         "model.visual of open_clip, after blocks: encode_image itself gets faster",

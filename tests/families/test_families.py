@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tokenprune
-from support.families import FAMILIES, IMAGE, SPECIAL, VIDEO, Tiny, collate
+from support.families import FAMILIES, IMAGE, SPECIAL, VIDEO, Tiny, collate, of_tiles
 from support.family_oracle import Cut, expected
 
 SPECS = {
@@ -44,7 +44,7 @@ def lengths(tiny: Tiny, inputs: dict[str, Any]) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("name", list(SPECS))
 @pytest.mark.parametrize("tiny", FAMILIES, ids=lambda tiny: tiny.name)
 def test_what_is_left_is_computed_as_the_model_would(tiny: Tiny, name: str, attention: str) -> None:
-    spec, cuts = SPECS[name]
+    spec, cuts = of_tiles(tiny, SPECS[name][0]), SPECS[name][1]
     inputs = collate(tiny, tiny.rows)
     how = {} if tiny.patch is None else {"patch": tiny.patch(inputs)}
     wanted, left, text = expected(

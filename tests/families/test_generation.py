@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tokenprune
-from support.families import FAMILIES, SPECIAL, Row, Tiny, collate
+from support.families import FAMILIES, SPECIAL, Row, Tiny, collate, of_tiles
 
 EVERY = pytest.mark.parametrize("tiny", FAMILIES, ids=lambda tiny: tiny.name)
 BEFORE = "uniform | evict(5) @ before-llm(positions='original')"
@@ -30,7 +30,7 @@ def alone(tiny: Tiny, number: int) -> dict[str, Any]:
 def test_a_prompt_is_pruned_the_same_alone_and_in_a_batch(tiny: Tiny, spec: str) -> None:
     """Random scores are of the picture, whatever it is batched with."""
     model, inputs = tiny.make("sdpa"), collate(tiny, tiny.rows)
-    with torch.no_grad(), tokenprune.attach(model, spec):
+    with torch.no_grad(), tokenprune.attach(model, of_tiles(tiny, spec)):
         batch = model(**inputs).logits
         for number in range(2):
             # Positions of the text are counted by the model, from the mask or not.
@@ -47,7 +47,7 @@ def test_a_prompt_is_pruned_the_same_alone_and_in_a_batch(tiny: Tiny, spec: str)
 @pytest.mark.parametrize("spec", [BEFORE, AFTER, f"{BEFORE}; {AFTER}"])
 def test_beams_and_static_caches_give_the_tokens_of_no_cache(tiny: Tiny, spec: str) -> None:
     model, inputs = tiny.make("sdpa"), collate(tiny, tiny.rows)
-    with torch.no_grad(), tokenprune.attach(model, spec):
+    with torch.no_grad(), tokenprune.attach(model, of_tiles(tiny, spec)):
         for beams in (1, 3):
             wanted = said(model, inputs, num_beams=beams, use_cache=False)
             assert torch.equal(said(model, inputs, num_beams=beams), wanted)
@@ -60,7 +60,7 @@ def test_a_second_turn_goes_on_from_the_cache(tiny: Tiny) -> None:
     model = tiny.make("sdpa")
     first = alone(tiny, 0)
     whole = collate(tiny, [Row([*tiny.rows[0].parts, 31, 32, 33])])
-    with torch.no_grad(), tokenprune.attach(model, f"{BEFORE}; {AFTER}"):
+    with torch.no_grad(), tokenprune.attach(model, of_tiles(tiny, f"{BEFORE}; {AFTER}")):
         out = model(**first, use_cache=True)
         more = {"input_ids": whole["input_ids"][:, -3:], "attention_mask": whole["attention_mask"]}
         if tiny.planes:  # which the model counts for whole prompts alone
@@ -77,7 +77,7 @@ def test_reports_count_pictures_and_videos(tiny: Tiny) -> None:
     model, inputs = tiny.make("sdpa"), collate(tiny, tiny.rows)
     kinds = [part[0] for row in tiny.rows for part in row.parts if isinstance(part, tuple)]
     for spec in (BEFORE, AFTER):
-        with torch.no_grad(), tokenprune.attach(model, spec) as attachment:
+        with torch.no_grad(), tokenprune.attach(model, of_tiles(tiny, spec)) as attachment:
             model(**inputs)
         kept = attachment.report.kept
         assert {each.kind for each in kept} == set(kinds)

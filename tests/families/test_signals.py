@@ -123,7 +123,10 @@ def test_signals_are_those_of_the_eager_map(name: str, monkeypatch: Any) -> None
     Seen.seen.clear()
     with (
         torch.no_grad(),
-        tokenprune.attach(model, Strategy(Seen(*kinds), Evict(4)).at(BeforeLLM())),
+        tokenprune.attach(
+            model,
+            Strategy(Seen(*kinds), Evict(4, per="crop" if tiny.split else "image")).at(BeforeLLM()),
+        ),
     ):
         model(**inputs)
     # Pictures that are patches in a row are chunks; tiles are rows of one batch.
@@ -173,9 +176,9 @@ def test_tiles_with_padded_pixels_are_refused_where_their_attention_is_read() ->
     mask[0, 0, 20:] = False
     with torch.no_grad():
         with (
-            tokenprune.attach(model, "received-attention | evict(4)"),
+            tokenprune.attach(model, "received-attention | evict(0.5)"),
             pytest.raises(UnsupportedError, match="tiles with padded pixels"),
         ):
             model(**inputs, pixel_attention_mask=mask)
-        with tokenprune.attach(model, "uniform | evict(4)"):
+        with tokenprune.attach(model, "uniform | evict(0.5)"):
             model(**inputs, pixel_attention_mask=mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,13 @@ class Tiny:
     frames: bool = False
     split: Callable[[int], list[int]] | None = None
     patch: Callable[[dict[str, Any]], list[Tensor]] | None = None
+
+
+def of_tiles(tiny: Tiny, spec: str) -> str:
+    """`spec` with budgets for tiles, where a family has no others."""
+    if tiny.split is None:
+        return spec
+    return re.sub(r"(evict|tome)\((\d+)\)", r"\1(\2, per='crop')", spec)
 
 
 def rescaled(model: nn.Module) -> Any:

@@ -194,6 +194,7 @@ FAMILIES = (
             key="k_norm",
             prefix=1,
         ),
+        tiles=True,
     ),
     Family(
         "hf-llava-onevision",
@@ -225,6 +226,7 @@ FAMILIES = (
         llm="text_model",
         towers=("vision_model",),
         tower=Tower("vision_model.encoder.layers", _connected),
+        tiles=True,
     ),
     Family(
         "hf-vipllava",

@@ -10,13 +10,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from tokenprune.adapter import ModelAdapter
 from tokenprune.kept_patches import Kind, Origin
 from tokenprune.placement import Positions
+from tokenprune.plugins import ModelPlugin
 
 from .anatomy import Anatomy
 from .names import Argument, Call, Field
@@ -129,6 +132,8 @@ class Family:
         tower: where their attention is read; None where it is not.
         positions: position ids where a placement leaves them open; ``"original"`` alone is there
             where they have a time, a row and a column (M-RoPE).
+        planes: what position ids count.
+        tiles: whether a row is a tile of a picture, since nobody says which tiles a picture has.
     """
 
     name: str
@@ -140,9 +145,21 @@ class Family:
     tower: Tower | None = None
     positions: Positions = "reindexed"
     planes: Literal["one", "time, row and column"] = "one"
+    tiles: bool = False
 
     def anatomy(self, model: nn.Module) -> Anatomy:
         """The parts of `model`."""
         core: Any = model.model
         towers = tuple(operator.attrgetter(path)(core) for path in self.towers)
         return Anatomy(model, core, operator.attrgetter(self.llm)(core), towers, None)
+
+
+def family_plugin(family: Family) -> ModelPlugin:
+    """What `tokenprune_models` yields for a family."""
+    return ModelPlugin(family.name, family.summary, partial(_adapter, family), family.classes)
+
+
+def _adapter(family: Family) -> ModelAdapter:
+    from .family_adapter import FamilyAdapter
+
+    return FamilyAdapter(family)

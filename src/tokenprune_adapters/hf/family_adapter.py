@@ -7,18 +7,19 @@ from collections.abc import Iterator
 from torch import nn
 
 from tokenprune.adapter import ModelAdapter
+from tokenprune.budget import Budgeted
 from tokenprune.errors import UnsupportedError
 from tokenprune.hooks import Removable
 from tokenprune.placement import BeforeLLM, Placement
 from tokenprune.report import Record
 from tokenprune.signals import Signal
+from tokenprune.spec import shown
 from tokenprune.strategy import Stage
 
 from .checks import check_family
 from .chunked_prefill import lost_images_guard
 from .encoders import Encoders
 from .family import Family
-from .llava_parts import check_budgets
 from .llm.signal_cache import SignalCache
 from .stage_hooks import FindImages, Placed, check_placement, readable
 from .tower_attention import ReadTower, given_by
@@ -55,7 +56,7 @@ class FamilyAdapter(ModelAdapter):
         self, model: nn.Module, stages: tuple[Stage, ...], record: Record
     ) -> Iterator[Removable]:
         parts = self.family.anatomy(model)
-        check_budgets(stages)
+        _check_budgets(self.family, stages)
         placed = Placed.of(stages, parts.llm)
         store = SignalCache(parts.core.get_input_embeddings().weight.dtype)
         reader = None
@@ -72,3 +73,20 @@ class FamilyAdapter(ModelAdapter):
             parts, find, store, record, self.family.positions, self.family.planes != "one"
         )
         yield from lost_images_guard(parts)
+
+
+def _check_budgets(family: Family, stages: tuple[Stage, ...]) -> None:
+    """Refuse budgets for what a family's rows are not."""
+    for step in (step for stage in stages for step in stage.strategy.steps):
+        if not isinstance(step, Budgeted):
+            continue
+        if family.tiles and step.per == "image" and isinstance(step.keep, int):
+            raise UnsupportedError(
+                f"{shown(step)!r} counts tokens of a picture, but {family.name} hands over tiles "
+                "without saying which picture they are of; give per='crop', or keep as a fraction"
+            )
+        if step.per == "frame" or (step.per == "crop" and not family.tiles):
+            raise UnsupportedError(
+                f"per={step.per!r} in {shown(step)!r}: budgets of {family.name} are for a picture, "
+                "or for a video over all its frames; use per='image', the default"
+            )
