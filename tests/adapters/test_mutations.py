@@ -17,7 +17,7 @@ from support.flash import flash_attention
 from support.llava import Row, collate, generate, picture, prompts, pruned, spec
 from support.oracle import compressed_embeddings, greedy_batch, hidden_states, loss
 from tokenprune_adapters.hf import clip_tower
-from tokenprune_adapters.hf.llm import inner_stages, segment, short_prompt
+from tokenprune_adapters.hf.llm import layer_hooks, segment, short_prompt
 from tokenprune_adapters.hf.llm.cache_layers import ShortenedDynamicLayer
 from tokenprune_adapters.kit import prompt_layout, tower_reading
 
@@ -193,8 +193,8 @@ def flash_sees_position_ids(patch: Patch) -> None:
         args, kwargs = hook(self, layer, args, kwargs)
         return args, kwargs | {"position_ids": places}
 
-    hook = inner_stages._BeforeLayer.before
-    patch.setattr(inner_stages._BeforeLayer, "before", before)
+    hook = layer_hooks.BeforeLayer.before
+    patch.setattr(layer_hooks.BeforeLayer, "before", before)
 
 
 def rows_of_the_cache_mixed_up(patch: Patch) -> None:

@@ -114,7 +114,7 @@ def by_hand(
     model: Any, prompt: Prompt, kept: list[list[int]], placement: Placement, steps: int
 ) -> Tensor:
     assert isinstance(placement, BeforeLLM)
-    return oracle.greedy(model, prompt.inputs, kept, steps, placement.positions)[1]
+    return oracle.greedy(model, prompt.inputs, kept, steps, placement.positions or "reindexed")[1]
 
 
 def models() -> Iterable[ModelCase]:
@@ -127,6 +127,7 @@ def models() -> Iterable[ModelCase]:
             placements=[BeforeLLM(), BeforeLLM("original")],
             generate=llava_text,
             oracle=by_hand,
+            wraps=["model.get_image_features"],
         )
     yield ModelCase(
         "LLaVA, inside the LLM",
@@ -140,6 +141,7 @@ def models() -> Iterable[ModelCase]:
             (BeforeLLM("original"), AfterLayer(1)),
         ],
         generate=llava_text,
+        wraps=["model.get_image_features"],
     )
 
 

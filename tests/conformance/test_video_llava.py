@@ -14,7 +14,7 @@ from support.video_llava import FRAMES, PATCHES, collate, tiny_video_llava
 from tokenprune import AfterLayer, BeforeLLM, Placement
 from tokenprune.testing import ModelCase, Prompt, parametrize_with_checks
 
-WRAPS = ("model.get_video_features",)
+WRAPS = ("model.get_image_features", "model.get_video_features")
 
 
 def prompts(mixed: bool = True) -> list[Prompt]:
@@ -45,7 +45,9 @@ def by_hand(
     model: Any, prompt: Prompt, kept: list[list[int]], placement: Placement, steps: int
 ) -> Tensor:
     assert isinstance(placement, BeforeLLM)
-    return video_llava.greedy(model, prompt.inputs, kept, steps, placement.positions)[1]
+    return video_llava.greedy(
+        model, prompt.inputs, kept, steps, placement.positions or "reindexed"
+    )[1]
 
 
 def models() -> Iterable[ModelCase]:

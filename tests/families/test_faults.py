@@ -14,7 +14,12 @@ import tokenprune
 from support.families import FAMILIES, Tiny, collate
 from support.family_oracle import Cut, expected
 from tokenprune_adapters.hf import encoders, families, tower_attention
-from tokenprune_adapters.hf.llm import deepstack, image_slots, inner_stages, short_prompt
+from tokenprune_adapters.hf.llm import (
+    deepstack,
+    image_slots,
+    layer_hooks,
+    short_prompt,
+)
 
 from .test_families import lengths
 from .test_signals import test_signals_are_those_of_the_eager_map as check_signals
@@ -33,7 +38,7 @@ def a_plane_dropped(patch: Patch) -> None:
 
 
 def planes_of_later_layers_mixed_up(patch: Patch) -> None:
-    patch.setattr(inner_stages, "rotated", lambda positions: positions.movedim(-1, 0)[-3:].flip(0))
+    patch.setattr(layer_hooks, "rotated", lambda positions: positions.movedim(-1, 0)[-3:].flip(0))
 
 
 def deepstack_rows_unreduced(patch: Patch) -> None:

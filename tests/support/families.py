@@ -253,6 +253,18 @@ def _onevision_patches(inputs: dict[str, Any]) -> list[Tensor]:
     return _onevision_slots([("image", 1, 30, 14), ("image", 2, 16, 16), ("video", 3)])
 
 
+def _next_video_sees(parts: list[tuple[Any, ...]]) -> tuple[dict[str, Any], list[int]]:
+    given, _ = _onevision_sees(parts)
+    return given, [len(each) for each in _next_video_slots(parts)]
+
+
+def _next_video_slots(parts: list[tuple[Any, ...]]) -> list[Tensor]:
+    """Pictures as in LLaVA-OneVision; a video is 3 frames of 2 x 2."""
+    return [
+        torch.arange(12) if part[0] == "video" else _onevision_slots([part])[0] for part in parts
+    ]
+
+
 def _mistral_sees(parts: list[tuple[Any, ...]]) -> tuple[dict[str, Any], list[int]]:
     high, wide = (max(part[axis] for part in parts) for axis in (2, 3))
     made = torch.zeros(len(parts), 3, high, wide)
@@ -386,6 +398,26 @@ FAMILIES = [
             Row([1, 21, ("video", 3), 22, 23]),
         ],
         patch=_onevision_patches,
+    ),
+    Tiny(
+        "llava-next-video",
+        _with(
+            "LlavaNextVideoConfig",
+            "LlavaNextVideoForConditionalGeneration",
+            {**SIGLIP, "model_type": "clip_vision_model"},
+            {"model_type": "llama"},
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
+        ),
+        _next_video_sees,
+        [
+            Row([1, 11, ("image", 1, 30, 14), 12, 13, ("image", 2, 16, 16), 14, 15]),
+            Row([1, 21, ("video", 3), 22, 23]),
+        ],
+        patch=lambda inputs: _next_video_slots(
+            [("image", 1, 30, 14), ("image", 2, 16, 16), ("video", 3)]
+        ),
     ),
     *[
         Tiny(

@@ -29,7 +29,8 @@ from .anatomy import Anatomy
 from .family import Encoded, Sight
 from .llm.image_slots import Images
 from .llm.signal_cache import SignalCache
-from .names import Call, Output, Signature, with_fields
+from .names import Call, Signature
+from .outputs import Output, with_fields
 from .tower_attention import ReadTower
 
 

@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tokenprune.errors import UnsupportedError
 
 from .family import Encoded, Family, Sight, Tower
-from .names import Call, Field, Output
+from .names import Call
+from .outputs import Field, Output
 
 
 def _hf(*names: str) -> tuple[str, ...]:
@@ -98,7 +99,7 @@ def _tile_pixels(encoded: Encoded) -> Tensor:
 
 
 def _newlines(encoded: Encoded) -> Sequence[Tensor]:
-    """LLaVA-OneVision: rows of an any-resolution picture end in newlines, and so does a single."""
+    """LLaVA-OneVision and -NeXT-Video: rows of crops end in newlines, and so does a single view."""
     newline = encoded.core.image_newline
     found = []
     for each in encoded.elements:
@@ -203,6 +204,15 @@ FAMILIES = (
         (
             Sight("image", "get_image_features", Call.pictures, patches=_newlines),
             Sight("video", "get_video_features", Call.videos, patches=_last_newline),
+        ),
+    ),
+    Family(
+        "hf-llava-next-video",
+        "LLaVA-NeXT-Video of transformers (pictures of any resolution, and videos)",
+        _hf("llava_next_video", "LlavaNextVideoForConditionalGeneration"),
+        (
+            Sight("image", "get_image_features", Call.pictures, patches=_newlines),
+            Sight("video", "get_video_features", Call.videos),
         ),
     ),
     Family(

@@ -22,7 +22,8 @@ from tokenprune.placement import Positions
 from tokenprune.plugins import ModelPlugin
 
 from .anatomy import Anatomy
-from .names import Argument, Call, Field
+from .names import Argument, Call
+from .outputs import Field
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,7 +35,8 @@ from .chunked_prefill import lost_images_guard
 from .llava_parts import check_budgets, check_select_strategy, same_layers, tower_adapter
 from .llm.image_slots import Images
 from .llm.signal_cache import SignalCache
-from .names import Call, Output, Signature
+from .names import Call, Signature
+from .outputs import Output
 from .stage_hooks import FindImages, Placed, check_placement, readable
 from .watch_attention import WatchAttention
 

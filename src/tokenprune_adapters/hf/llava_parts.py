@@ -23,7 +23,8 @@ from ..kit.marks import marked
 from ..kit.method_wrapper import is_replaced, wrap_method
 from .anatomy import Anatomy
 from .checks import Encoders
-from .names import Call, Output, Signature
+from .names import Call, Signature
+from .outputs import Output
 
 PRIVATE = "tokenprune_"
 """Prefix of the arguments by which our hooks talk to each other."""

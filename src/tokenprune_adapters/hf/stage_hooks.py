@@ -23,10 +23,12 @@ from .candidates_guard import RefuseCandidates
 from .llava_parts import SameParts, encode_untraced, hide_any_marks, hide_marks, keep_private
 from .llm.image_slots import Images
 from .llm.inner_stages import QueryAttention, ReduceInside
+from .llm.layer_hooks import install_between
 from .llm.run import IMAGES, TEXT, VISUAL
 from .llm.short_prompt import ShortenPrompts
 from .llm.signal_cache import SignalCache
-from .names import Call, Output, calls_of
+from .names import Call, calls_of
+from .outputs import Output
 
 
 def check_placement(model: nn.Module, placement: Placement) -> None:
@@ -113,7 +115,7 @@ class Placed:
         ).install()
         if to_layers:
             hooks = ReduceInside(llm, self.inside, store, record)
-            yield from hooks.install()
+            yield from install_between(hooks)
             if hooks.watched:
                 hook = RefuseCandidates(parts.model)
                 yield parts.model.register_forward_pre_hook(hook.before, with_kwargs=True)

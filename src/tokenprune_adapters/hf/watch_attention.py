@@ -26,7 +26,8 @@ from .llm.image_slots import Images, Seats
 from .llm.kv_cache import Room, check_cache, state_of
 from .llm.padding import are_seams, steps_of
 from .llm.text_attention import Prompts, last_rows
-from .names import Output, calls_of
+from .names import calls_of
+from .outputs import Output
 from .stage_hooks import FindImages
 
 

@@ -21,6 +21,7 @@ from tokenprune import Signals
 from tokenprune_adapters.hf.attention import Asked
 from tokenprune_adapters.hf.llm import (
     inner_stages,
+    layer_hooks,
     segment,
     short_prompt,
     signal_cache,
@@ -178,8 +179,8 @@ def _edit_late(patch: Patch, change: Callable[[Any, dict[str, Any], dict[str, An
             kwargs = kwargs | change(run, was, kwargs)
         return args, kwargs
 
-    original = inner_stages._BeforeLayer.before
-    patch.setattr(inner_stages._BeforeLayer, "before", before)
+    original = layer_hooks.BeforeLayer.before
+    patch.setattr(layer_hooks.BeforeLayer, "before", before)
 
 
 def decode_position_not_shifted(patch: Patch) -> None:

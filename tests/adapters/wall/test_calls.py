@@ -14,7 +14,8 @@ from support.llava import IMAGE, collate, prompts, spec, tiny_llava
 from support.outputs import cache_argument, cache_of, shown_features
 from tokenprune import UnsupportedError
 from tokenprune_adapters.hf.anatomy import Anatomy
-from tokenprune_adapters.hf.names import Call, Output, Signature
+from tokenprune_adapters.hf.names import Call, Signature
+from tokenprune_adapters.hf.outputs import Output
 
 from ..conftest import MakeLlava
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 import tokenprune_adapters
-from tokenprune_adapters.hf.names import Argument, Call, Field, Output
+from tokenprune_adapters.hf.names import Argument, Call
+from tokenprune_adapters.hf.outputs import Field, Output
 
 ROOT = Path(tokenprune_adapters.__file__).parent
-WALL = ("hf/names.py", "hf/anatomy.py")
+WALL = ("hf/names.py", "hf/outputs.py", "hf/anatomy.py")
 # Other libraries have names of their own, and vanilla runs by hand call models by name.
 ELSEWHERE = ("hf/trials", "lmms_eval", "open_clip", "pocket", "vllm")
 

@@ -13,7 +13,7 @@ import tokenprune
 from support.llava import collate, generate, prompts, spec, tiny_llava
 from support.outputs import cache_argument
 from tokenprune import UnsupportedError
-from tokenprune_adapters.hf.names import Field, Output
+from tokenprune_adapters.hf.outputs import Field, Output
 
 SHOWN = "image_outputs" if cache_argument() == "cache" else "image_hidden_states"
 INSIDE = "uniform | evict(4) @ after-layer(1)"

@@ -15,16 +15,15 @@ segment was shortened.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenprune.errors import MissingSignalError, UnsupportedError
-from tokenprune.hooks import NotCopyable, Removable
+from tokenprune.hooks import NotCopyable
 from tokenprune.placement import AfterLayer
 from tokenprune.plan import Plan
 from tokenprune.report import Record
@@ -35,12 +34,10 @@ from tokenprune.untraced import untraced
 
 from ...kit.before_projector import Ids, Sizes
 from ..attention import ReadAttention, Reader
-from ..names import Call, Hooked, calls_of
 from .cache_layers import Shortened
 from .image_slots import Images, Seats
 from .kv_cache import difference, make_room, moved_down, state_of, total
-from .position_planes import of_text, rotated
-from .run import RUN, Run
+from .run import Run
 from .segment import Segment, Slots, enter
 from .signal_cache import SignalCache, fitted
 from .text_attention import Prompts, last_rows, text_rows
@@ -49,7 +46,7 @@ QueryAttention = LastQueryAttention | TextQueryAttention
 
 
 class ReduceInside(NotCopyable):
-    """Hooks before the decoder layers of a language model.
+    """Decisions between the decoder layers of a language model, for the hooks of `layer_hooks.py`.
 
     Args:
         llm: the language model.
@@ -72,14 +69,6 @@ class ReduceInside(NotCopyable):
                     for layer in self._layers(signal, start):
                         self.watched.setdefault(layer, set()).add((start, type(signal)))
         self.reading = {layer: ReadAttention(llm.layers[layer]) for layer in self.watched}
-
-    def install(self) -> Iterator[Removable]:
-        """Yield the handles."""
-        for number, layer in enumerate(self.llm.layers):
-            hook = _BeforeLayer(self, number)
-            yield layer.register_forward_pre_hook(hook.before, with_kwargs=True)
-        for reading in self.reading.values():
-            yield from reading.install()
 
     def _layers(self, signal: QueryAttention, start: int) -> tuple[int, ...]:
         """Absolute layers of `signal`: -1 is the latest that has run before `start`."""
@@ -244,67 +233,6 @@ class ReduceInside(NotCopyable):
             moved=total(segment.after.moved, moved),
         )
         return replace(segment, after=after)
-
-
-class _BeforeLayer(NotCopyable):
-    """Hook before one decoder layer."""
-
-    def __init__(self, inside: ReduceInside, number: int) -> None:
-        self.inside = inside
-        self.number = number
-        self.reading = inside.reading.get(number)
-        self.calls = calls_of(inside.llm.layers[number])
-
-    def before(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Hooked | None:
-        run: Run | None = kwargs.pop(RUN, None)
-        reading, number = self.reading, self.number
-        if reading is not None:
-            reading.ask(None)
-        if run is None:
-            return None  # which costs less than the same arguments
-        plain = not run.flash and run.deepstack is None
-        if reading is None and number not in self.inside.stages and plain:
-            start = run.start_of(number)
-            if start == 0:
-                return args, kwargs
-            if start in run.given:  # by the first layer of the segment
-                kwargs.update(run.given[start])
-                return args, kwargs
-        call = self.calls(args, kwargs)
-        hidden = call.hidden
-        if run.deepstack is not None:
-            hidden = run.deepstack.added(hidden, number - 1)
-        # Recomputation under gradient checkpointing comes by again, when all is decided.
-        if number in self.inside.stages and number not in run.segments:
-            self.inside.open_segment(run, number, hidden)
-        start = run.start_of(number)
-        segment = run.segments[start]
-        if number == start > 0:
-            if number in run.merges:
-                seats, plan = run.merges[number]
-                hidden = seats.merge(hidden, plan)
-            if segment.layout is not None:
-                hidden = segment.layout.shorten(hidden)
-        if reading is not None:
-            reading.ask(self.inside.reader(run, number))
-        if start > 0:
-            if start not in run.rotary:
-                rotary = self.inside.llm.rotary_emb
-                run.rotary[start] = rotary(hidden, rotated(segment.positions))
-            call.rotary = run.rotary[start]
-            call.positions = of_text(segment.positions)
-            call.mask = segment.mask
-            names = [call.find(each.names)[0] for each in (Call.rotary, Call.positions, Call.mask)]
-            given = {name: call.kwargs[name] for name in names if name is not None}
-            if len(given) == len(names):
-                run.given[start] = given
-        if run.flash:
-            # The rotary embedding is made; flash would take gaps for seams of packed sequences.
-            call.positions = segment.counted
-        call.hidden = hidden
-        return call.args, call.kwargs
 
 
 def _keeps_all(plan: Plan, counts: dict[int, tuple[int, ...]]) -> bool:

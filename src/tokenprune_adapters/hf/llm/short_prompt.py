@@ -25,7 +25,8 @@ from ...kit.carry import carried, carry
 from ...kit.marks import marked
 from ...kit.prompt_layout import PromptLayout
 from ..anatomy import attention_of
-from ..names import Call, Hooked, Output, calls_of
+from ..names import Call, Hooked, calls_of
+from ..outputs import Output
 from .cache_layers import Shortened
 from .deepstack import DeepStack
 from .image_slots import Images
