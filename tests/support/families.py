@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+
+from tokenprune_adapters.hf.contract import FamilyCase
+from tokenprune_adapters.hf.families import FAMILIES as SHIPPED
 
 IMAGE, VIDEO, START = 90, 91, 92
 """Token ids: placeholders of pictures and videos, and what stands in front of either."""
@@ -60,11 +62,28 @@ class Tiny:
     patch: Callable[[dict[str, Any]], list[Tensor]] | None = None
 
 
-def of_tiles(tiny: Tiny, spec: str) -> str:
-    """`spec` with budgets for tiles, where a family has no others."""
-    if tiny.split is None:
-        return spec
-    return re.sub(r"(evict|tome)\((\d+)\)", r"\1(\2, per='crop')", spec)
+def case_of(tiny: Tiny) -> FamilyCase:
+    """The case of the contract of families."""
+    name = type(tiny.make("sdpa")).__name__
+    (family,) = (each for each in SHIPPED if any(c.endswith(f".{name}") for c in each.classes))
+    parts = [part for row in tiny.rows for part in row.parts if isinstance(part, tuple)]
+    whole = zip(parts, tiny.see(parts)[1], strict=True)
+    rows: list[tuple[Any, int]] = [
+        (part[0], slots)
+        for part, count in whole
+        for slots in (tiny.split(count) if tiny.split else [count])
+    ]
+    return FamilyCase(
+        family,
+        tiny.make,
+        lambda numbers: collate(tiny, [tiny.rows[number] for number in numbers]),
+        rows,
+        lambda: collate(tiny, [Row([*tiny.rows[0].parts, 31, 32, 33])]),
+        patches=None if tiny.patch is None else tiny.patch({}),
+        per="crop" if tiny.split else "image",
+        silent=SPECIAL,
+        state=["rope_deltas"] if tiny.planes else [],
+    )
 
 
 def rescaled(model: nn.Module) -> Any:

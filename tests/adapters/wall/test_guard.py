@@ -15,7 +15,7 @@ from tokenprune_adapters.hf.outputs import Field, Output
 ROOT = Path(tokenprune_adapters.__file__).parent
 WALL = ("hf/names.py", "hf/outputs.py", "hf/anatomy.py")
 # Other libraries have names of their own, and vanilla runs by hand call models by name.
-ELSEWHERE = ("hf/trials", "lmms_eval", "open_clip", "pocket", "vllm")
+ELSEWHERE = ("hf/contract", "hf/trials", "lmms_eval", "open_clip", "pocket", "vllm")
 
 ARGUMENTS = {
     name for each in vars(Call).values() if isinstance(each, Argument) for name in each.names
