@@ -94,11 +94,13 @@ def windowed(grid: tuple[int, int, int]) -> list[list[int]]:
     return [fours(len(order))[order.index(token)] for token in range(len(order))]
 
 
+LAYER = {"vipllava": -2}
 CASES = {
     "qwen2-vl": ("visual.blocks", 0, lambda part: fours(_tokens(part))),
     "qwen2.5-vl": ("visual.blocks", 0, lambda part: windowed(GRIDS[part[2]])),
     "qwen3-vl": ("visual.blocks", 0, lambda part: fours(_tokens(part))),
     "internvl": ("vision_tower.encoder.layer", 1, lambda part: squares(8, 2)),
+    "vipllava": ("vision_tower.encoder.layers", 1, lambda part: [[patch] for patch in range(16)]),
     "smolvlm": ("vision_model.encoder.layers", 0, lambda part: squares(8, 2)),
 }
 
@@ -117,7 +119,7 @@ def test_signals_are_those_of_the_eager_map(name: str, monkeypatch: Any) -> None
     for part in path.split("."):
         blocks = getattr(blocks, part)
     with torch.no_grad():
-        found = maps(plain, blocks, lambda: plain(**inputs), monkeypatch)[-1]
+        found = maps(plain, blocks, lambda: plain(**inputs), monkeypatch)[LAYER.get(name, -1)]
     model = tiny.make("sdpa")
     kinds = [ReceivedAttention(1), GivenAttention(1)] + ([ClsAttention(1)] if prefix else [])
     Seen.seen.clear()
@@ -134,10 +136,10 @@ def test_signals_are_those_of_the_eager_map(name: str, monkeypatch: Any) -> None
     parts = [part for row in tiny.rows for part in row.parts if isinstance(part, tuple)]
     parts = sorted(parts, key=lambda part: part[0] == "video")
     rows = [(seen, signals, row) for seen, signals in Seen.seen for row in range(len(seen.mask))]
-    if tiny.split is None:  # frames of a video are chunks
-        counts = [GRIDS[part[2]][0] if part[0] == "video" else 1 for part in parts]
-    else:
+    if name in ("vipllava", "internvl", "smolvlm"):
         parts, counts = [parts[0]] * len(rows), [1] * len(rows)
+    else:  # frames of a video are chunks
+        counts = [GRIDS[part[2]][0] if part[0] == "video" else 1 for part in parts]
     assert len(rows) == len(parts)
     assert sum(counts) == len(chunks)
     for (seen, signals, row), part, count in zip(rows, parts, counts, strict=True):

@@ -86,6 +86,11 @@ def _connected(encoded: Encoded) -> Tensor:
     return squares(side, core.connector.scale_factor, len(_tiles(encoded)))
 
 
+def _one_by_one(encoded: Encoded) -> Tensor:
+    """Every patch is a token."""
+    return torch.arange(sum(map(len, encoded.elements)))[:, None]
+
+
 def _tiles(encoded: Encoded) -> Sequence[int]:
     """SmolVLM, Idefics3: an element is a prompt, which holds tiles."""
     size = encoded.core.image_seq_len
@@ -143,7 +148,7 @@ def _qwen(also: tuple[Field[Any], ...] = ()) -> tuple[Sight, Sight]:
 
 
 def _qwen_tower(members: Any) -> Tower:
-    return Tower("visual.blocks", members, attention="attn", fused="qkv")
+    return Tower(("visual.blocks",), members, attention="attn", fused="qkv")
 
 
 FAMILIES = (
@@ -188,7 +193,7 @@ FAMILIES = (
         _hf("internvl", "InternVLForConditionalGeneration"),
         (IMAGES,),
         tower=Tower(
-            "vision_tower.encoder.layer",
+            ("vision_tower.encoder.layer",),
             _shuffled,
             attention="attention",
             query="q_norm",
@@ -235,7 +240,7 @@ FAMILIES = (
         ),
         llm="text_model",
         towers=("vision_model",),
-        tower=Tower("vision_model.encoder.layers", _connected),
+        tower=Tower(("vision_model.encoder.layers",), _connected),
         tiles=True,
     ),
     Family(
@@ -243,6 +248,12 @@ FAMILIES = (
         "VipLlava of transformers",
         _hf("vipllava", "VipLlavaForConditionalGeneration"),
         (IMAGES,),
+        tower=Tower(
+            ("vision_tower.encoder.layers", "vision_tower.vision_model.encoder.layers"),
+            _one_by_one,
+            prefix=1,
+            layer=-2,
+        ),
     ),
     Family(
         "hf-mistral3",

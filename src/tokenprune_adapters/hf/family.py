@@ -97,7 +97,7 @@ class Tower:
     """Tower: where its attention is read, and which patches become a token.
 
     Attributes:
-        blocks: path from the core to the list of blocks.
+        blocks: paths from the core to the list of blocks, of which the first that is there counts.
         members: function that gives `(tokens, members)` int64, the patches that each slot of the
             features is made of, counted over the whole call without what is in front of patches.
         attention: path from a block to its attention, which has `num_heads`.
@@ -109,7 +109,7 @@ class Tower:
         layer: block that gives the features, Python style.
     """
 
-    blocks: str
+    blocks: tuple[str, ...]
     members: Callable[[Encoded], Tensor]
     attention: str = "self_attn"
     query: str = "q_proj"

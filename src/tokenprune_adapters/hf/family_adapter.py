@@ -10,6 +10,7 @@ from tokenprune.adapter import ModelAdapter
 from tokenprune.budget import Budgeted
 from tokenprune.errors import UnsupportedError
 from tokenprune.hooks import Removable
+from tokenprune.observation import Attended
 from tokenprune.placement import BeforeLLM, Placement
 from tokenprune.report import Record
 from tokenprune.signals import Signal
@@ -23,6 +24,7 @@ from .family import Family
 from .llm.signal_cache import SignalCache
 from .stage_hooks import FindImages, Placed, check_placement, readable
 from .tower_attention import ReadTower, given_by
+from .watch_attention import WatchAttention
 
 
 class FamilyAdapter(ModelAdapter):
@@ -72,6 +74,16 @@ class FamilyAdapter(ModelAdapter):
         yield from placed.install(
             parts, find, store, record, self.family.positions, self.family.planes != "one"
         )
+        yield from lost_images_guard(parts)
+
+    def watch(self, model: nn.Module, attended: Attended) -> Iterator[Removable]:
+        self.provides(model, BeforeLLM())
+        parts = self.family.anatomy(model)
+        store = SignalCache(parts.core.get_input_embeddings().weight.dtype)
+        encoders = Encoders(parts, self.family.sights, None, Record(), store, None)
+        yield from encoders.install()
+        find = FindImages(parts.core, encoders.find, encoders.encode_now)
+        yield from WatchAttention(parts, find, attended).install()
         yield from lost_images_guard(parts)
 
 

@@ -45,10 +45,7 @@ class ReadTower(NotCopyable):
 
     def __init__(self, core: Any, tower: Tower, signals: frozenset[Signal]) -> None:
         self.tower = tower
-        try:
-            self.blocks: Any = operator.attrgetter(tower.blocks)(core)
-        except AttributeError as error:
-            raise UnsupportedError(f"{type(core).__name__} has no {tower.blocks}") from error
+        self.blocks = _first(core, tower.blocks)
         count = len(self.blocks)
         self.wanted = {each: layers_of(each, tower.layer % count, count) for each in signals}
         self._local = threading.local()
@@ -92,6 +89,16 @@ class ReadTower(NotCopyable):
             flat = torch.stack([found[type(signal), layer] for layer in layers], dim=1)
             answers[signal] = flat[members.to(flat.device)].mean(1)
         return answers
+
+
+def _first(core: Any, paths: tuple[str, ...]) -> Any:
+    """What is at the first of the paths that is there."""
+    for path in paths:
+        try:
+            return operator.attrgetter(path)(core)
+        except AttributeError:
+            continue
+    raise UnsupportedError(f"{type(core).__name__} has no {' or '.join(paths)}")
 
 
 class _Tap(NotCopyable):
