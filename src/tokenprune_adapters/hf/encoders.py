@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from tokenprune.budget import Per
 from tokenprune.errors import UnsupportedError
 from tokenprune.gather import gather_flat, zero_fillers
 from tokenprune.hooks import NotCopyable, Removable
+from tokenprune.kept_patches import Origin
 from tokenprune.plan import Plan
 from tokenprune.report import Record
 from tokenprune.signals import Signal, Signals
@@ -94,6 +96,7 @@ class Encoders(NotCopyable):
         record: where to note what was done.
         later: where stages inside the language model find what is known of rows; or None.
         reader: reads the tower's attention; or None.
+        per: what budgets are for; ``"frame"`` takes rows of videos apart.
     """
 
     parts: Anatomy
@@ -102,6 +105,7 @@ class Encoders(NotCopyable):
     record: Record
     later: SignalCache | None
     reader: ReadTower | None
+    per: Per = "image"
     _local: threading.local = field(default_factory=threading.local)
 
     def install(self) -> Iterator[Removable]:
@@ -137,6 +141,9 @@ class Encoders(NotCopyable):
         flat, _, elements = _flat(output.features)
         encoded = Encoded(self.parts.core, call, elements)
         patches = sight.patches_of(encoded)
+        origins = sight.origins_of(encoded, patches)
+        if self.per == "frame" and sight.frames is not None:
+            patches, origins = _by_frame(patches, origins)
         slots = _Slots.of(patches, flat.device)
         if sum(slots.lengths) != len(flat):
             raise UnsupportedError(
@@ -150,21 +157,27 @@ class Encoders(NotCopyable):
             mask=slots.mask,
             lengths=slots.tokens,
             patches=slots.patches[slots.index].masked_fill(~slots.mask, 0),
-            ids=lambda: _prints(sight, encoded, len(patches)).to(flat.device),
+            ids=lambda: _prints(sight, encoded, origins).to(flat.device),
         )
         if self.strategy is not None:
-            raw, flat, tokens, signals = self._decide(sight, raw, slots, tokens, signals)
+            raw, flat, tokens, signals = self._decide(sight, raw, slots, tokens, signals, origins)
         if self.later is not None:
             known: dict[Signal, Tensor] = {**signals, Ids(): tokens.ids, Sizes(): tokens.sizes}
             self.later.put(torch.split(flat, slots.lengths), Signals(known), patches)
         return raw
 
     def _decide(
-        self, sight: Sight, raw: Any, slots: _Slots, tokens: VisualTokens, signals: Signals
+        self,
+        sight: Sight,
+        raw: Any,
+        slots: _Slots,
+        tokens: VisualTokens,
+        signals: Signals,
+        origins: Sequence[Origin],
     ) -> tuple[Any, Tensor, VisualTokens, Signals]:
         """Run the strategy; the output, its features, and what is left."""
         assert self.strategy is not None
-        output, origins = Output(raw), sight.origins_of(len(slots.lengths))
+        output = Output(raw)
         flat, back, _ = _flat(output.features)
         with self.record.selecting(flat.device):
             reduction = self.strategy(tokens, signals)
@@ -221,9 +234,9 @@ class Encoders(NotCopyable):
             if output is None:
                 continue
             flat, _, elements = _flat(Output(output).features)
-            lengths = sight.lengths_of(Encoded(self.parts.core, call, elements))
-            patches = self.later.patches(torch.split(flat, list(lengths)))
-            origins = sight.origins_of(len(patches))
+            given = Encoded(self.parts.core, call, elements)
+            patches = self.later.patches(torch.split(flat, sight.lengths_of(given)))
+            origins = sight.origins_of(given, patches)
             here = Images.of(self.parts.placeholders(ids, sight.kind), patches, origins)
             found = here if found is None else found.and_(here)
         assert found is not None
@@ -257,12 +270,38 @@ def _by_row(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-def _prints(sight: Sight, encoded: Encoded, rows: int) -> Tensor:
-    """`(rows,)` int64, which picture each row shows."""
-    pixels = sight.pixels_of(encoded)
-    if len(pixels) != rows:
+def _prints(sight: Sight, encoded: Encoded, origins: Sequence[Origin]) -> Tensor:
+    """`(rows,)` int64, which picture or frame each row shows."""
+    pixels, pictures = sight.pixels_of(encoded), len({each.number for each in origins})
+    if len(pixels) != pictures:
         raise UnsupportedError(
-            f"{rows} rows of {sight.encode} came from {len(pixels)} pictures; a family must say "
-            "which pixels are of which row"
+            f"{pictures} rows of {sight.encode} came from {len(pixels)} pictures; a family must "
+            "say which pixels are of which row"
         )
-    return fingerprint(pixels)
+    prints = fingerprint(pixels)
+    number, frame = torch.tensor([(each.number, each.crop) for each in origins], device="cpu").T
+    return prints[sent(number, prints.device)] + sent(frame * 0x9E3779B9, prints.device)
+
+
+def _by_frame(
+    patches: Sequence[Tensor], origins: Sequence[Origin]
+) -> tuple[list[Tensor], list[Origin]]:
+    """Rows of frames: the slots of each, patches counted over the frame, and what it shows.
+
+    Slots without a patch stay with the frame before them.
+    """
+    found: list[Tensor] = []
+    shown: list[Origin] = []
+    for patch, origin in zip(patches, origins, strict=True):
+        size = origin.patches_per_crop
+        if size is None:
+            raise UnsupportedError(
+                "per='frame' needs the pixels of a video: it is not known how many frames its "
+                "features have"
+            )
+        frame = torch.where(patch >= 0, patch // size, -1).cummax(0).values.clamp(min=0)
+        for number in range(int(frame.max()) + 1):
+            mine = patch[frame == number]
+            found.append(torch.where(mine >= 0, mine % size, -1))
+            shown.append(Origin(origin.number, origin.kind, crop=number))
+    return found, shown

@@ -34,6 +34,18 @@ def _packed(grid: Any) -> Any:
     return pictures
 
 
+def _times(encoded: Encoded) -> Sequence[int]:
+    """Qwen: steps in time, each of which is a pair of frames."""
+    counts: list[int] = encoded.call.video_grid[:, 0].tolist()
+    return counts
+
+
+def _frames(encoded: Encoded) -> Sequence[int] | None:
+    """Frames of each video, where its pixels are there."""
+    pixels = encoded.call.videos
+    return None if pixels is None else [pixels.shape[1]] * len(pixels)
+
+
 def _merged(encoded: Encoded) -> Tensor:
     """Qwen2-VL, Qwen3-VL: patches that become a token stand next to each other."""
     unit = encoded.core.visual.spatial_merge_size**2
@@ -143,6 +155,7 @@ def _qwen(also: tuple[Field[Any], ...] = ()) -> tuple[Sight, Sight]:
             (videos,),
             pictures=_packed(videos),
             also=also,
+            frames=_times,
         ),
     )
 
@@ -208,7 +221,13 @@ FAMILIES = (
         _hf("llava_onevision", "LlavaOnevisionForConditionalGeneration"),
         (
             Sight("image", "get_image_features", Call.pictures, patches=_newlines),
-            Sight("video", "get_video_features", Call.videos, patches=_last_newline),
+            Sight(
+                "video",
+                "get_video_features",
+                Call.videos,
+                patches=_last_newline,
+                frames=_frames,
+            ),
         ),
     ),
     Family(
@@ -217,7 +236,7 @@ FAMILIES = (
         _hf("llava_next_video", "LlavaNextVideoForConditionalGeneration"),
         (
             Sight("image", "get_image_features", Call.pictures, patches=_newlines),
-            Sight("video", "get_video_features", Call.videos),
+            Sight("video", "get_video_features", Call.videos, frames=_frames),
         ),
     ),
     Family(

@@ -59,6 +59,8 @@ class Sight:
         pictures: function that gives the pixels of each row, `(rows, ...)`, zeros at the end
             changing nothing; None where the pixels are those already.
         also: fields of the output that go the way of the features (DeepStack), a list per layer.
+        frames: function that gives the number of frames of each row, in which its patches stand
+            one after the other, or None where a call does not tell; None for pictures.
     """
 
     kind: Kind
@@ -69,6 +71,7 @@ class Sight:
     patches: Callable[[Encoded], Sequence[Tensor]] | None = None
     pictures: Callable[[Encoded], Tensor] | None = None
     also: tuple[Field[Any], ...] = ()
+    frames: Callable[[Encoded], Sequence[int] | None] | None = None
 
     def lengths_of(self, encoded: Encoded) -> list[int]:
         """Number of slots of each row."""
@@ -87,9 +90,14 @@ class Sight:
         pixels: Tensor = self.pixels.__get__(encoded.call, Call)
         return pixels
 
-    def origins_of(self, rows: int) -> tuple[Origin, ...]:
+    def origins_of(self, encoded: Encoded, patches: Sequence[Tensor]) -> list[Origin]:
         """What each row shows."""
-        return tuple(Origin(number, self.kind) for number in range(rows))
+        frames = None if self.frames is None else self.frames(encoded)
+        sizes: list[int | None] = [None] * len(patches)
+        if frames is not None:
+            pairs = zip(patches, frames, strict=True)
+            sizes = [int((patch >= 0).sum()) // count for patch, count in pairs]
+        return [Origin(n, self.kind, patches_per_crop=size) for n, size in enumerate(sizes)]
 
 
 @dataclass(frozen=True)

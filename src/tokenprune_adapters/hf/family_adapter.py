@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from tokenprune.adapter import ModelAdapter
-from tokenprune.budget import Budgeted
+from tokenprune.budget import Budgeted, Per
 from tokenprune.errors import UnsupportedError
 from tokenprune.hooks import Removable
 from tokenprune.observation import Attended
@@ -58,7 +58,7 @@ class FamilyAdapter(ModelAdapter):
         self, model: nn.Module, stages: tuple[Stage, ...], record: Record
     ) -> Iterator[Removable]:
         parts = self.family.anatomy(model)
-        _check_budgets(self.family, stages)
+        per = _per(self.family, stages)
         placed = Placed.of(stages, parts.llm)
         store = SignalCache(parts.core.get_input_embeddings().weight.dtype)
         reader = None
@@ -67,7 +67,7 @@ class FamilyAdapter(ModelAdapter):
             reader = ReadTower(parts.core, self.family.tower, placed.of_tower)
             yield from reader.install()
         later = store if placed.inside else None
-        encoders = Encoders(parts, self.family.sights, placed.strategy, record, later, reader)
+        encoders = Encoders(parts, self.family.sights, placed.strategy, record, later, reader, per)
         if placed.before is not None or placed.inside:
             yield from encoders.install()
         find = FindImages(parts.core, encoders.find, encoders.encode_now)
@@ -87,18 +87,37 @@ class FamilyAdapter(ModelAdapter):
         yield from lost_images_guard(parts)
 
 
-def _check_budgets(family: Family, stages: tuple[Stage, ...]) -> None:
-    """Refuse budgets for what a family's rows are not."""
-    for step in (step for stage in stages for step in stage.strategy.steps):
-        if not isinstance(step, Budgeted):
-            continue
-        if family.tiles and step.per == "image" and isinstance(step.keep, int):
-            raise UnsupportedError(
-                f"{shown(step)!r} counts tokens of a picture, but {family.name} hands over tiles "
-                "without saying which picture they are of; give per='crop', or keep as a fraction"
-            )
-        if step.per == "frame" or (step.per == "crop" and not family.tiles):
-            raise UnsupportedError(
-                f"per={step.per!r} in {shown(step)!r}: budgets of {family.name} are for a picture, "
-                "or for a video over all its frames; use per='image', the default"
-            )
+def _per(family: Family, stages: tuple[Stage, ...]) -> Per:
+    """What budgets are for, which must be something that a family hands over."""
+    frames = any(sight.frames is not None for sight in family.sights)
+    found: set[Per] = set()
+    for stage in stages:
+        for step in stage.strategy.steps:
+            if not isinstance(step, Budgeted):
+                continue
+            found.add(step.per)
+            words = f"per={step.per!r} in {shown(step)!r}"
+            if family.tiles and step.per == "image" and isinstance(step.keep, int):
+                raise UnsupportedError(
+                    f"{shown(step)!r} counts tokens of a picture, but {family.name} hands over "
+                    "tiles without saying which picture they are of; give per='crop', or keep as "
+                    "a fraction"
+                )
+            if step.per == "crop" and not family.tiles:
+                raise UnsupportedError(
+                    f"{words}: budgets of {family.name} are for a picture, or for a video over all "
+                    "its frames; use per='image', the default"
+                )
+            if step.per == "frame" and not frames:
+                raise UnsupportedError(f"{words}: {family.name} has no frames")
+            if step.per == "frame" and not isinstance(stage.placement, BeforeLLM):
+                raise UnsupportedError(
+                    f"{words}: inside the language model videos are all that is known; give a "
+                    "budget per image"
+                )
+    if "frame" in found and len({*found, *(["inside"] if len(stages) > 1 else [])}) > 1:
+        raise UnsupportedError(
+            "per='frame' cannot be combined with other budgets, or with stages after a layer; "
+            "give all steps per='frame', or none"
+        )
+    return "frame" if "frame" in found else "image"
