@@ -18,5 +18,5 @@ def test_families_keep(tiny: Tiny, check: Callable[[FamilyCase], None]) -> None:
 
 
 def test_every_class_of_every_family_is_built() -> None:
-    built = {type(tiny.make("sdpa")).__name__ for tiny in FAMILIES}
+    built = {type(tiny.make("sdpa")).__name__ for tiny in FAMILIES if tiny.family is None}
     assert built == {each.rpartition(".")[2] for family in SHIPPED for each in family.classes}

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from tokenprune_adapters.hf.contract import FamilyCase
 from tokenprune_adapters.hf.families import FAMILIES as SHIPPED
+from tokenprune_adapters.hf.families import LLAVA_PIXTRAL
+from tokenprune_adapters.hf.family import Family
 
 IMAGE, VIDEO, START = 90, 91, 92
 """Token ids: placeholders of pictures and videos, and what stands in front of either."""
@@ -60,12 +62,14 @@ class Tiny:
     frames: bool = False
     split: Callable[[int], list[int]] | None = None
     patch: Callable[[dict[str, Any]], list[Tensor]] | None = None
+    family: Family | None = None
 
 
 def case_of(tiny: Tiny) -> FamilyCase:
     """The case of the contract of families."""
     name = type(tiny.make("sdpa")).__name__
-    (family,) = (each for each in SHIPPED if any(c.endswith(f".{name}") for c in each.classes))
+    claims = (each for each in SHIPPED if any(c.endswith(f".{name}") for c in each.classes))
+    family = tiny.family or next(claims)
     parts = [part for row in tiny.rows for part in row.parts if isinstance(part, tuple)]
     whole = zip(parts, tiny.see(parts)[1], strict=True)
     rows: list[tuple[Any, int]] = [
@@ -180,6 +184,16 @@ QWEN_ROWS = [
 ]
 GIVEN = ["received-attention", "fopru"]
 
+PIXTRAL = {
+    "model_type": "pixtral",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+    "image_size": 64,
+    "patch_size": 4,
+}
 SIGLIP = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -282,6 +296,11 @@ def _next_video_slots(parts: list[tuple[Any, ...]]) -> list[Tensor]:
     return [
         torch.arange(12) if part[0] == "video" else _onevision_slots([part])[0] for part in parts
     ]
+
+
+def _pixtral_sees(parts: list[tuple[Any, ...]]) -> tuple[dict[str, Any], list[int]]:
+    given, _ = _mistral_sees(parts)
+    return given, [h * w // 16 for _, _, h, w in parts]
 
 
 def _mistral_sees(parts: list[tuple[Any, ...]]) -> tuple[dict[str, Any], list[int]]:
@@ -478,16 +497,7 @@ FAMILIES = [
         _with(
             "Mistral3Config",
             "Mistral3ForConditionalGeneration",
-            {
-                "model_type": "pixtral",
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 2,
-                "head_dim": 16,
-                "image_size": 64,
-                "patch_size": 4,
-            },
+            PIXTRAL,
             {"model_type": "mistral", "sliding_window": None},
             image_token_id=IMAGE,
             spatial_merge_size=2,
@@ -498,5 +508,23 @@ FAMILIES = [
             Row([1, 11, ("image", 1, 32, 16), 12, 13, ("image", 2, 24, 32), 14]),
             Row([1, 21, ("image", 3, 16, 16), 22]),
         ],
+    ),
+    Tiny(
+        "llava-pixtral",
+        _with(
+            "LlavaConfig",
+            "LlavaForConditionalGeneration",
+            PIXTRAL,
+            {"model_type": "mistral", "sliding_window": None},
+            image_token_id=IMAGE,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        ),
+        _pixtral_sees,
+        [
+            Row([1, 11, ("image", 1, 16, 8), 12, 13, ("image", 2, 12, 16), 14]),
+            Row([1, 21, ("image", 3, 8, 8), 22]),
+        ],
+        family=LLAVA_PIXTRAL,
     ),
 ]

@@ -164,6 +164,11 @@ def _qwen_tower(members: Any) -> Tower:
     return Tower(("visual.blocks",), members, attention="attn", fused="qkv")
 
 
+PIXTRAL = "PixtralVisionModel"
+"""Class of the tower with which a LLaVA model is a family of its own."""
+
+LLAVA_PIXTRAL = Family("hf-llava", "LLaVA of transformers with a Pixtral tower", (), (IMAGES,))
+
 FAMILIES = (
     Family(
         "hf-qwen2-vl",

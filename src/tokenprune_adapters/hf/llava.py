@@ -19,6 +19,8 @@ from ..kit.before_projector import ReduceBeforeProjector
 from .anatomy import Anatomy
 from .checks import Encoders, check_model
 from .chunked_prefill import lost_images_guard
+from .families import LLAVA_PIXTRAL, PIXTRAL
+from .family_adapter import FamilyAdapter
 from .llava_parts import check_budgets, check_select_strategy, same_layers, tower_adapter
 from .llm.image_slots import Images
 from .llm.signal_cache import SignalCache
@@ -33,11 +35,15 @@ _ENCODERS: Encoders = {"get_image_features": (Call.pixels,)}
 class LlavaAdapter(ModelAdapter):
     """Adapter of LLaVA-1.5: reduces before the projector, after decoder layers, or both.
 
-    The language model computes and caches, from each place on, the tokens kept there.
+    The language model computes and caches, from each place on, the tokens kept there. With a
+    Pixtral tower, what is reduced before it is what comes out of the projector.
     """
 
     def provides(self, model: nn.Module, placement: Placement) -> frozenset[type[Signal]]:
         check_placement(model, placement)
+        described = _described(model)
+        if described is not None:
+            return described.provides(model, placement)
         parts = Anatomy.of(model)
         check_model(parts, placement, _ENCODERS)
         (tower,) = parts.towers
@@ -48,6 +54,10 @@ class LlavaAdapter(ModelAdapter):
     def install(
         self, model: nn.Module, stages: tuple[Stage, ...], record: Record
     ) -> Iterator[Removable]:
+        described = _described(model)
+        if described is not None:
+            yield from described.install(model, stages, record)
+            return
         parts = Anatomy.of(model)
         check_budgets(stages)
         placed = Placed.of(stages, parts.llm)
@@ -67,11 +77,21 @@ class LlavaAdapter(ModelAdapter):
         yield from lost_images_guard(parts)
 
     def watch(self, model: nn.Module, attended: Attended) -> Iterator[Removable]:
+        described = _described(model)
+        if described is not None:
+            yield from described.watch(model, attended)
+            return
         self.provides(model, BeforeLLM())
         parts = Anatomy.of(model)
         find = FindImages(parts.core, _finder(parts))
         yield from WatchAttention(parts, find, attended).install()
         yield from lost_images_guard(parts)
+
+
+def _described(model: nn.Module) -> ModelAdapter | None:
+    """The adapter of a model whose tower packs pictures of any size, as its family says."""
+    (tower,) = Anatomy.of(model).towers
+    return FamilyAdapter(LLAVA_PIXTRAL) if type(tower).__name__ == PIXTRAL else None
 
 
 def _finder(parts: Anatomy) -> Callable[[Tensor, Call], Images]:
