@@ -69,9 +69,10 @@ def families() -> str:
         names = ", ".join(f"`{each.rpartition('.')[2]}`" for each in family.classes)
         kinds = " and ".join(f"{sight.kind}s" for sight in family.sights)
         signals = ", ".join(sorted(each.__name__ for each in given_by(family.tower))) or "none"
-        rows.append(f"| {names} | {kinds} | `{family.positions}` | {signals} |")
-    head = "| class | takes | positions before the LLM | signals of the tower |"
-    return "\n".join((head, "|---|---|---|---|", *rows))
+        since = ".".join(map(str, family.oldest)) if any(family.oldest) else "all"
+        rows.append(f"| {names} | {kinds} | `{family.positions}` | {signals} | {since} |")
+    head = "| class | takes | positions before the LLM | signals of the tower | transformers from |"
+    return "\n".join((head, "|---|---|---|---|---|", *rows))
 
 
 def versions() -> str:

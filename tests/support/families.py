@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from tokenprune_adapters.hf.checks import VERSION
 from tokenprune_adapters.hf.contract import FamilyCase
 from tokenprune_adapters.hf.families import FAMILIES as SHIPPED
 from tokenprune_adapters.hf.families import LLAVA_PIXTRAL
@@ -312,7 +313,7 @@ def _mistral_sees(parts: list[tuple[Any, ...]]) -> tuple[dict[str, Any], list[in
     return {"pixel_values": made, "image_sizes": sizes}, [h * w // 64 for _, _, h, w in parts]
 
 
-FAMILIES = [
+ALL = [
     Tiny(
         "qwen2-vl",
         _qwen(
@@ -528,3 +529,6 @@ FAMILIES = [
         family=LLAVA_PIXTRAL,
     ),
 ]
+
+FAMILIES = [each for each in ALL if case_of(each).family.oldest <= VERSION]
+"""Those that the transformers that is installed has as described."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import transformers
 from torch import nn
 
 from tokenprune.errors import UnsupportedError
@@ -20,6 +21,9 @@ _CORE = (Call.ids, Call.embeds, Call.mask, Call.positions, Call.cache, Call.enco
 _LLM = (Call.embeds, Call.mask, Call.positions, Call.cache)
 _LAYER = (Call.hidden, Call.mask, Call.positions, Call.rotary)
 _TOWER = (Call.pixels,)
+
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+"""Release of transformers that is installed, major and minor."""
 
 Encoders = Mapping[str, tuple[Argument[Any], ...]]
 """Methods of the core that encode pictures, with the arguments that are read of their calls."""
@@ -62,6 +66,11 @@ def check_model(parts: Anatomy, placement: Placement, encoders: Encoders) -> Non
 def check_family(family: Family, parts: Anatomy, placement: Placement) -> None:
     """Refuse a model of `family` whose modules do not take what the hooks pass and read."""
     check_transformers()
+    if family.oldest > VERSION:
+        raise UnsupportedError(
+            f"{family.name} needs transformers {'.'.join(map(str, family.oldest))} or newer, found "
+            f"{library('transformers').found}: older ones hand over its features in another form"
+        )
     _check(parts.core, (*_CORE, *(sight.pixels for sight in family.sights)))
     check_llm(parts.llm, layers=isinstance(placement, AfterLayer))
     for sight in family.sights:

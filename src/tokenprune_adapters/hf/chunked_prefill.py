@@ -12,12 +12,11 @@ from tokenprune.errors import UnsupportedError
 from tokenprune.hooks import NotCopyable, Removable
 
 from .anatomy import Anatomy
+from .checks import VERSION
 from .llm.kv_cache import state_of
 from .names import calls_of
 
 _KINDS: tuple[Literal["image", "video"], ...] = ("image", "video")
-
-VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
 def lost_images_guard(parts: Anatomy) -> Iterator[Removable]:

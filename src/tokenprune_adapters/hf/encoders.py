@@ -256,13 +256,23 @@ class _Around:
 
 
 def _flat(features: Any) -> tuple[Tensor, Callable[[Tensor], Any], Sequence[Tensor]]:
-    """`(slots, channels)` of all elements, how to put them back, and the elements."""
+    """`(slots, channels)` of all elements, how to put them back, and the elements.
+
+    Elements may have an axis of frames, or none where there is but one.
+    """
     if isinstance(features, Tensor):
         shape = features.shape
-        elements = list(features) if features.ndim == 3 else [features]
-        return features.flatten(0, -2), lambda x: x.reshape(shape), elements
-    sizes, kind = [len(each) for each in features], type(features)
-    return torch.cat(list(features)), lambda x: kind(torch.split(x, sizes)), list(features)
+        whole = features.flatten(0, -2)
+        elements = [each.flatten(0, -2) for each in features] if features.ndim > 2 else [features]
+        return whole, lambda x: x.reshape(shape), elements
+    shapes, kind = [each.shape for each in features], type(features)
+    elements = [each.flatten(0, -2) for each in features]
+
+    def back(x: Tensor) -> Any:
+        parts = torch.split(x, [len(each) for each in elements])
+        return kind(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+
+    return torch.cat(elements), back, elements
 
 
 def _by_row(x: Tensor) -> Tensor:

@@ -34,10 +34,10 @@ def _packed(grid: Any) -> Any:
     return pictures
 
 
-def _times(encoded: Encoded) -> Sequence[int]:
-    """Qwen: steps in time, each of which is a pair of frames."""
-    counts: list[int] = encoded.call.video_grid[:, 0].tolist()
-    return counts
+def _times(encoded: Encoded) -> Sequence[int] | None:
+    """Qwen: steps in time, each of which is a pair of frames; `generate` may not hand them on."""
+    grid = encoded.call.video_grid
+    return None if grid is None else grid[:, 0].tolist()
 
 
 def _frames(encoded: Encoded) -> Sequence[int] | None:
@@ -243,6 +243,7 @@ FAMILIES = (
             Sight("image", "get_image_features", Call.pictures, patches=_newlines),
             Sight("video", "get_video_features", Call.videos, frames=_frames),
         ),
+        oldest=(5, 24),
     ),
     Family(
         "hf-smolvlm",

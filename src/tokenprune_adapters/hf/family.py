@@ -142,6 +142,8 @@ class Family:
         positions: position ids where a placement leaves them open; ``"original"`` alone is there
             where they have a time, a row and a column (M-RoPE).
         planes: what position ids count.
+        oldest: release of transformers from which on it is as described here; by default all that
+            are supported.
         tiles: whether a row is a tile of a picture, since nobody says which tiles a picture has.
     """
 
@@ -155,6 +157,7 @@ class Family:
     positions: Positions = "reindexed"
     planes: Literal["one", "time, row and column"] = "one"
     tiles: bool = False
+    oldest: tuple[int, int] = (0, 0)
 
     def anatomy(self, model: nn.Module) -> Anatomy:
         """The parts of `model`."""

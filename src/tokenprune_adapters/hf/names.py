@@ -96,7 +96,7 @@ class Call:
     seams = Argument[Tensor]("cu_seqlens")
     pixel_mask = Argument[Tensor | None]("pixel_attention_mask", optional=True)
     image_grid = Argument[Tensor]("image_grid_thw")
-    video_grid = Argument[Tensor]("video_grid_thw")
+    video_grid = Argument[Tensor | None]("video_grid_thw", optional=True)
     deepstack = Argument[Any]("deepstack_visual_embeds", optional=True)
     visual_slots = Argument[Tensor | None]("visual_pos_masks", optional=True)
     kept_logits = Argument[Any]("logits_to_keep", optional=True)
