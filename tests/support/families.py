@@ -183,6 +183,14 @@ QWEN_ROWS = [
     Row([1, 11, ("image", 1, "small"), 12, 13, ("image", 2, "large"), 14, 15]),
     Row([1, 21, ("video", 3, "video"), 22, 23]),
 ]
+QWEN3_VISION = {
+    "hidden_size": 32,
+    "out_hidden_size": 32,
+    "num_heads": 2,
+    "intermediate_size": 48,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [0, 2],
+}
 GIVEN = ["received-attention", "fopru"]
 
 PIXTRAL = {
@@ -353,14 +361,7 @@ ALL = [
             "Qwen3VLConfig",
             "Qwen3VLForConditionalGeneration",
             MROPE | {"head_dim": 8},
-            {
-                "hidden_size": 32,
-                "out_hidden_size": 32,
-                "num_heads": 2,
-                "intermediate_size": 48,
-                "num_position_embeddings": 64,
-                "deepstack_visual_indexes": [0, 2],
-            },
+            QWEN3_VISION,
         ),
         _qwen_sees(4),
         QWEN_ROWS,
@@ -380,14 +381,7 @@ ALL = [
                 "num_experts_per_tok": 2,
                 "moe_intermediate_size": 16,
             },
-            {
-                "hidden_size": 32,
-                "out_hidden_size": 32,
-                "num_heads": 2,
-                "intermediate_size": 48,
-                "num_position_embeddings": 64,
-                "deepstack_visual_indexes": [0, 2],
-            },
+            QWEN3_VISION,
         ),
         _qwen_sees(4),
         QWEN_ROWS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -138,26 +139,24 @@ IMAGES = Sight("image", "get_image_features", Call.pictures)
 
 def _qwen(also: tuple[Field[Any], ...] = ()) -> tuple[Sight, Sight]:
     """Pictures and videos whose patches come in a row, with a grid of time, height and width."""
-    images, videos = Call.image_grid, Call.video_grid
-    return (
-        Sight(
-            "image",
-            "get_image_features",
-            Call.pictures,
-            (images,),
-            pictures=_packed(images),
-            also=also,
-        ),
-        Sight(
-            "video",
-            "get_video_features",
-            Call.videos,
-            (videos,),
-            pictures=_packed(videos),
-            also=also,
-            frames=_times,
-        ),
+    images = Sight(
+        "image",
+        "get_image_features",
+        Call.pictures,
+        (Call.image_grid,),
+        pictures=_packed(Call.image_grid),
+        also=also,
     )
+    videos = replace(
+        images,
+        kind="video",
+        encode="get_video_features",
+        pixels=Call.videos,
+        needs=(Call.video_grid,),
+        pictures=_packed(Call.video_grid),
+        frames=_times,
+    )
+    return images, videos
 
 
 def _qwen_tower(members: Any) -> Tower:
