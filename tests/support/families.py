@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,19 +51,20 @@ class Tiny:
         make: builds the model for an attention implementation.
         see: from the pictures of all prompts, the arguments of the model, and the slots of each.
         rows: two prompts, the first with two pictures, the second with one, or with a video.
-        signals: scorers of the tower that the family offers.
     """
 
     name: str
     make: Callable[[str], Any]
     see: Callable[[list[tuple[Any, ...]]], tuple[dict[str, Any], list[int]]]
     rows: list[Row]
-    signals: list[str] = field(default_factory=list)
     planes: bool = False
     frames: bool = False
     split: Callable[[int], list[int]] | None = None
     patch: Callable[[dict[str, Any]], list[Tensor]] | None = None
     family: Family | None = None
+
+
+TEXT_ALONE = Row([1, 41, 42, 43, 44])
 
 
 def case_of(tiny: Tiny) -> FamilyCase:
@@ -81,7 +82,7 @@ def case_of(tiny: Tiny) -> FamilyCase:
     return FamilyCase(
         family,
         tiny.make,
-        lambda numbers: collate(tiny, [tiny.rows[number] for number in numbers]),
+        lambda numbers: collate(tiny, [[*tiny.rows, TEXT_ALONE][number] for number in numbers]),
         rows,
         lambda: collate(tiny, [Row([*tiny.rows[0].parts, 31, 32, 33])]),
         patches=None if tiny.patch is None else tiny.patch({}),
@@ -110,7 +111,7 @@ def pixels(seed: int, *shape: int) -> Tensor:
 def collate(tiny: Tiny, rows: list[Row]) -> dict[str, Any]:
     """Left padded ids and mask, and what the model sees."""
     seen = [part for row in rows for part in row.parts if isinstance(part, tuple)]
-    given, counts = tiny.see(seen)
+    given, counts = tiny.see(seen) if seen else ({}, [])
     left = iter(counts)
     ids = []
     for row in rows:
@@ -191,7 +192,6 @@ QWEN3_VISION = {
     "num_position_embeddings": 64,
     "deepstack_visual_indexes": [0, 2],
 }
-GIVEN = ["received-attention", "fopru"]
 
 PIXTRAL = {
     "model_type": "pixtral",
@@ -332,7 +332,6 @@ ALL = [
         ),
         _qwen_sees(4),
         QWEN_ROWS,
-        GIVEN,
         planes=True,
     ),
     Tiny(
@@ -352,7 +351,6 @@ ALL = [
         ),
         _qwen_sees(4),
         QWEN_ROWS,
-        GIVEN,
         planes=True,
     ),
     Tiny(
@@ -365,7 +363,6 @@ ALL = [
         ),
         _qwen_sees(4),
         QWEN_ROWS,
-        GIVEN,
         planes=True,
         frames=True,
     ),
@@ -385,7 +382,6 @@ ALL = [
         ),
         _qwen_sees(4),
         QWEN_ROWS,
-        GIVEN,
         planes=True,
         frames=True,
     ),
@@ -410,7 +406,6 @@ ALL = [
         ),
         _tiles_see,
         TILE_ROWS,
-        ["cls-attention", "received-attention"],
         split=lambda slots: [16] * (slots // 16),
     ),
     Tiny(
@@ -465,7 +460,6 @@ ALL = [
             ),
             _idefics_sees,
             TILE_ROWS,
-            ["received-attention"],
             split=lambda slots: [16] * (slots // 16),
         )
         for name, config, model in (

@@ -168,7 +168,13 @@ class Family:
 
 def family_plugin(family: Family) -> ModelPlugin:
     """What `tokenprune_models` yields for a family."""
-    return ModelPlugin(family.name, family.summary, partial(_adapter, family), family.classes)
+    offers = [f"positions before the LLM {family.positions}"]
+    if family.tower is not None:
+        offers.insert(0, "attention of the tower")
+    if any(family.oldest):
+        offers.append(f"transformers {'.'.join(map(str, family.oldest))} or newer")
+    summary = f"{family.summary}; {', '.join(offers)}"
+    return ModelPlugin(family.name, summary, partial(_adapter, family), family.classes)
 
 
 def _adapter(family: Family) -> ModelAdapter:

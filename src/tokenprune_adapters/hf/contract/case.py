@@ -1,4 +1,4 @@
-"""Case of a family: a tiny model, and two prompts as its processor would hand them over."""
+"""Case of a family: a tiny model, and prompts as its processor would hand them over."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ class FamilyCase:
         family: the family.
         build: function that makes the model for an attention implementation, in evaluation mode
             and float32, with the same weights each time. It needs at least four decoder layers.
-        inputs: function that makes the model's arguments for some of the prompts, by their
-            numbers; left padded.
-        rows: for each budget row of both prompts, in the order of placeholders of a kind, its kind
+        inputs: function that makes the model's arguments for some of three prompts, by their
+            numbers; left padded. Prompt 2 is text alone.
+        rows: for each budget row of prompts 0 and 1, in the order of placeholders of a kind, its
+            kind
             and its number of slots. Some prompt should hold several, and one a video where the
             family takes any.
         patches: for each row `(slots,)` int64, the patch that each slot is, -1 for none; None

@@ -1,4 +1,4 @@
-"""F1 to F8: what a family promises. Each check raises an AssertionError that says what is wrong."""
+"""F1 to F9: what a family promises. Each check raises an AssertionError that says what is wrong."""
 
 from __future__ import annotations
 
@@ -115,6 +115,20 @@ def check_f8_reports_are_of_the_pictures(case: FamilyCase) -> None:
             _require(len({*zip(each.crop, each.patch, strict=True)}) == len(each), case, f"{each}")
 
 
+def check_f9_text_without_pictures_is_the_plain_models(case: FamilyCase) -> None:
+    """A prompt of text alone is computed as without an attachment, beside others and by itself."""
+    model, mixed, text = case.build("sdpa"), case.inputs((0, 2)), case.inputs((2,))
+    slots = text["input_ids"].shape[1]
+    plain, alone = _logits(model, mixed)[1, -slots:], _logits(model, text)
+    said = case.generate(model, text, STEPS)
+    after = f"fastv | {_evict(case, 4)} @ after-layer(2)"
+    for spec in (_before(case, 5), after, f"{_before(case, 5)}; {after}"):
+        with tokenprune.attach(model, spec):
+            _close(case, _logits(model, mixed)[1, -slots:], plain, f"{spec}, beside a picture")
+            _require(torch.equal(_logits(model, text), alone), case, f"{spec}, text alone")
+            _require(torch.equal(case.generate(model, text, STEPS), said), case, f"{spec}, text")
+
+
 CHECKS: tuple[Callable[[FamilyCase], None], ...] = (
     check_f1_a_full_budget_changes_no_bit,
     check_f2_detaching_restores_the_model,
@@ -124,6 +138,7 @@ CHECKS: tuple[Callable[[FamilyCase], None], ...] = (
     check_f6_a_prompt_is_pruned_alone_as_in_a_batch,
     check_f7_caches_beams_and_turns_are_those_of_no_cache,
     check_f8_reports_are_of_the_pictures,
+    check_f9_text_without_pictures_is_the_plain_models,
 )
 """Every check; each takes a case."""
 
