@@ -22,6 +22,7 @@ def test_tokens_of_a_picture_cannot_be_counted_where_tiles_are_handed_over(
         tokenprune.attach(model, f"uniform | evict(5) @ {where}")
     tokenprune.attach(model, f"uniform | evict(5, per='crop') @ {where}").detach()
     tokenprune.attach(model, f"uniform | evict(0.5) @ {where}").detach()
+    tokenprune.attach(model, "vtw(layer=3)").detach()  # none of a picture is none of a tile
 
 
 VIDEOS = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-onevision", "llava-next-video"]

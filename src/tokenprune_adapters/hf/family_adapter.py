@@ -97,7 +97,10 @@ def _per(family: Family, stages: tuple[Stage, ...]) -> Per:
                 continue
             found.add(step.per)
             words = f"per={step.per!r} in {shown(step)!r}"
-            if family.tiles and step.per == "image" and isinstance(step.keep, int):
+            counts = (
+                isinstance(step.keep, int) and step.keep > 0
+            )  # none of a picture is none of a tile
+            if family.tiles and step.per == "image" and counts:
                 raise UnsupportedError(
                     f"{shown(step)!r} counts tokens of a picture, but {family.name} hands over "
                     "tiles without saying which picture they are of; give per='crop', or keep as "
