@@ -97,9 +97,8 @@ def _per(family: Family, stages: tuple[Stage, ...]) -> Per:
                 continue
             found.add(step.per)
             words = f"per={step.per!r} in {shown(step)!r}"
-            counts = (
-                isinstance(step.keep, int) and step.keep > 0
-            )  # none of a picture is none of a tile
+            # None of a picture is none of a tile.
+            counts = isinstance(step.keep, int) and step.keep > 0
             if family.tiles and step.per == "image" and counts:
                 raise UnsupportedError(
                     f"{shown(step)!r} counts tokens of a picture, but {family.name} hands over "
