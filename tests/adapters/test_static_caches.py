@@ -137,6 +137,15 @@ def test_windows_are_refused() -> None:
         model(**collate(prompts()), past_key_values=cache)
 
 
+def test_flash_attention_is_refused() -> None:
+    model, inputs = tiny_llava(), collate(prompts())
+    cache = StaticCache(config=model.config.text_config, max_cache_len=60)
+    with tokenprune.attach(model, BEFORE):
+        model.model.language_model.config._attn_implementation = "flash_attention_2"
+        with pytest.raises(UnsupportedError, match="FlashAttention takes slots.*yet to be filled"):
+            model(**inputs, past_key_values=cache)
+
+
 def test_masks_with_columns_of_their_own_are_refused() -> None:
     """A causal 4-D mask is read; one that says more would be wrong without what it says."""
     model, inputs = tiny_llava(), collate(prompts()[:1])

@@ -150,6 +150,11 @@ def enter(slots: Slots, before: Shortened, whole: Pass, counting: Positions, sta
         keys = stored + queries
         valid = _join(before.valid, real, batch, stored, queries, positions.device)
     else:
+        if "flash" in attention_of(whole.llm):
+            raise UnsupportedError(
+                "FlashAttention takes slots of a static cache that are yet to be filled for keys; "
+                "use a DynamicCache, or model.set_attn_implementation('sdpa')"
+            )
         keys = room.slots(offset)
         valid = _filled(before.valid, real, (batch, keys), stored, positions)
     after = before
