@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -17,6 +18,8 @@ from tokenprune import (
     ClsAttention,
     Evict,
     GivenAttention,
+    JointClsAttention,
+    Keys,
     ReceivedAttention,
     Scorer,
     Strategy,
@@ -157,6 +160,54 @@ def test_signals_are_those_of_the_eager_map(name: str, monkeypatch: Any) -> None
             got = signals[kind][row, 0, :, : tokens.shape[1]]
             torch.testing.assert_close(got, tokens, atol=1e-6, rtol=0)
             assert seen.lengths[row] == tokens.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "query", "key", "groups"),
+    [
+        ("internvl", "vision_tower.encoder.layer.2.attention", "q_norm", "k_norm", squares(8, 2)),
+        ("vipllava", "vision_tower.*encoder.layers.1.self_attn", "q_proj", "k_proj", None),
+    ],
+)
+def test_keys_and_the_joint_row_are_those_of_the_projections(
+    name: str, path: str, query: str, key: str, groups: Any
+) -> None:
+    """Of the block that gives the features; softmax of all heads as one over their channels."""
+    tiny = NAMED[name]
+    model, inputs = tiny.make("sdpa"), collate(tiny, tiny.rows)
+    (block,) = (each for key_, each in model.model.named_modules() if re.fullmatch(path, key_))
+    made: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, args, output: made.update({name: output})
+
+    handles = [getattr(block, each).register_forward_hook(keep(each)) for each in (query, key)]
+    Seen.seen.clear()
+    kinds = [Keys(int(path.split(".")[-2])), JointClsAttention(1)]
+    evict = Evict(4, per="crop" if tiny.split else "image")
+    with torch.no_grad(), tokenprune.attach(model, Strategy(Seen(*kinds), evict).at(BeforeLLM())):
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    ((_, signals),) = Seen.seen
+    q, k = made[query].double(), made[key].double()
+    patches = k.shape[1] - 1
+    members = torch.tensor(groups or [[patch] for patch in range(patches)])
+    heads = k[:, 1:].unflatten(2, (2, -1)).transpose(1, 2)[:, :, members].mean(3)
+    torch.testing.assert_close(signals[kinds[0]].double(), heads, atol=1e-6, rtol=0)
+    row = torch.softmax((k @ q[:, 0, :, None]).squeeze(2) / k.shape[2] ** 0.5, dim=1)[:, 1:]
+    joint = row[:, members].mean(2)[:, None]
+    torch.testing.assert_close(signals[kinds[1]].double(), joint, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["internvl", "vipllava"])
+@pytest.mark.parametrize("spec", ["prumerge(keep=0.5)", "visionzip(keep=0.5)"])
+def test_methods_that_read_keys_work_where_there_are_any(name: str, spec: str) -> None:
+    tiny = NAMED[name]
+    model, inputs = tiny.make("sdpa"), collate(tiny, tiny.rows)
+    with torch.no_grad(), tokenprune.attach(model, spec) as attachment:
+        assert model(**inputs).logits.isfinite().all()
+    assert 0 < attachment.report.tokens_after < attachment.report.tokens_before
 
 
 def test_a_family_without_a_tower_to_read_says_what_works() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -151,7 +152,7 @@ class Encoders(NotCopyable):
                 f"where its rows have {sum(slots.lengths)} slots"
             )
         seen = {} if self.reader is None else self.reader.take(encoded)
-        signals = Signals({signal: _by_row(slots.take(x)) for signal, x in seen.items()})
+        signals = Signals({each: _by_row(each, slots.take(x)) for each, x in seen.items()})
         tokens = VisualTokens.of(
             slots.take(flat),
             mask=slots.mask,
@@ -275,9 +276,10 @@ def _flat(features: Any) -> tuple[Tensor, Callable[[Tensor], Any], Sequence[Tens
     return torch.cat(elements), back, elements
 
 
-def _by_row(x: Tensor) -> Tensor:
-    """`(rows, tokens, layers, heads)` to `(rows, layers, heads, tokens)`."""
-    return x.permute(0, 2, 3, 1)
+def _by_row(signal: Signal, x: Tensor) -> Tensor:
+    """`(rows, tokens, ...)`, other axes in order, as `signal` has its axes."""
+    others = [axis for axis in signal.axes.split() if axis not in ("batch", "tokens")]
+    return rearrange(x, f"batch tokens {' '.join(others)} -> {signal.axes}")
 
 
 def _prints(sight: Sight, encoded: Encoded, origins: Sequence[Origin]) -> Tensor:

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedError
 from tokenprune.hooks import NotCopyable, Removable
-from tokenprune.signals import ClsAttention, GivenAttention, ReceivedAttention, Signal
+from tokenprune.signals import (
+    ClsAttention,
+    GivenAttention,
+    JointClsAttention,
+    Keys,
+    ReceivedAttention,
+    Signal,
+)
 
 from ..kit.tower_reading import layers_of, read_block
 from .family import Encoded, Tower
@@ -27,8 +34,12 @@ def given_by(tower: Tower | None) -> frozenset[type[Signal]]:
     """The signals that are read of a tower."""
     if tower is None:
         return frozenset()
-    common: frozenset[type[Signal]] = frozenset({ReceivedAttention, GivenAttention})
-    return common | {ClsAttention} if tower.prefix else common
+    found: set[type[Signal]] = {ReceivedAttention, GivenAttention}
+    if not tower.fused:  # where keys are what the projection gives, not rotated
+        found.add(Keys)
+    if tower.prefix:
+        found |= {ClsAttention, JointClsAttention}
+    return frozenset(found)
 
 
 class ReadTower(NotCopyable):
@@ -75,7 +86,7 @@ class ReadTower(NotCopyable):
         self._local.found = {}
 
     def take(self, encoded: Encoded) -> dict[Signal, Tensor]:
-        """`(slots, layers, heads)` of each signal: means over the patches of each slot."""
+        """`(slots, ...)` of each signal, its other axes in order: means over a slot's patches."""
         found, self._local.found = self.found or {}, None
         members = self.tower.members(encoded)
         answers: dict[Signal, Tensor] = {}
@@ -86,7 +97,8 @@ class ReadTower(NotCopyable):
                     f"{type(signal).__name__} of block {missing[0]} was not seen: its attention "
                     "was not called, or in another way than the family says"
                 )
-            flat = torch.stack([found[type(signal), layer] for layer in layers], dim=1)
+            each = [found[type(signal), layer] for layer in layers]
+            flat = torch.stack(each, dim=1) if "layers" in signal.axes.split() else each[0]
             answers[signal] = flat[members.to(flat.device)].mean(1)
         return answers
 
@@ -102,7 +114,7 @@ def _first(core: Any, paths: tuple[str, ...]) -> Any:
 
 
 class _Tap(NotCopyable):
-    """Hooks of one block; signals are kept as `(patches of the call, heads)`."""
+    """Hooks of one block; signals are kept as `(patches of the call, ...)`."""
 
     def __init__(
         self, read: ReadTower, number: int, attention: Any, kinds: frozenset[type[Signal]]
@@ -153,8 +165,10 @@ class _Tap(NotCopyable):
     def _read(self, query: Tensor, key: Tensor) -> dict[object, Tensor]:
         answers: dict[object, Tensor] = {}
         read_block(answers, self.number, self.kinds, query, key, self.read.tower.prefix)
+        axes = {Keys: "b h n c -> (b n) h c", JointClsAttention: "b n -> (b n)"}
         return {
-            kind: rearrange(answers[kind, self.number], "b h n -> (b n) h") for kind in self.kinds
+            kind: rearrange(answers[kind, self.number], axes.get(kind, "b h n -> (b n) h"))
+            for kind in self.kinds
         }
 
     def _note(self, parts: list[dict[object, Tensor]]) -> None:
