@@ -89,6 +89,11 @@ class Library:
         return None
 
     @property
+    def release(self) -> tuple[int, int]:
+        """Major and minor number of the release that is installed; zeros where there is none."""
+        return _release(self.found) if self.found else (0, 0)
+
+    @property
     def is_newer(self) -> bool:
         """Whether what is installed is newer than what was tested."""
         found = self.found

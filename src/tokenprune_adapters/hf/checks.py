@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import transformers
 from torch import nn
 
 from tokenprune.errors import UnsupportedError
@@ -22,7 +21,7 @@ _LLM = (Call.embeds, Call.mask, Call.positions, Call.cache)
 _LAYER = (Call.hidden, Call.mask, Call.positions, Call.rotary)
 _TOWER = (Call.pixels,)
 
-VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+VERSION = library("transformers").release
 """Release of transformers that is installed, major and minor."""
 
 Encoders = Mapping[str, tuple[Argument[Any], ...]]
