@@ -159,3 +159,16 @@ def test_pixels_are_fingerprinted_where_somebody_asks(
     with tokenprune.attach(model, spec), torch.no_grad():
         model(**collate(prompts()))
     assert bool(calls) == reads
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", [BEFORE, AFTER])
+def test_a_decode_step_leaves_the_states_of_the_cache_as_they_are(spec: str) -> None:
+    """Of one prompt, which has neither padding nor fillers to go on with."""
+    model, inputs = tiny_llava(layers=(2, 3)), collate(prompts()[:1])
+    with tokenprune.attach(model, spec):
+        out = model(**inputs, use_cache=True)
+        states = [layer.state for layer in out.past_key_values.layers]
+        out, _ = step(model, out, inputs["attention_mask"])
+    later = [layer.state for layer in out.past_key_values.layers]
+    assert all(one is other for one, other in zip(states, later, strict=True))

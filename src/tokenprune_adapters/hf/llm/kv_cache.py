@@ -31,11 +31,9 @@ def state_of(cache: Cache | None, number: int | None = None) -> Shortened | None
     return next((layer.state for layer in known), None)
 
 
-def moved_down(positions: Tensor, *moved: Tensor | None) -> Tensor:
-    """`(batch, slots)` positions that are less by each of `(batch,)` `moved`."""
-    for by in moved:
-        positions = positions if by is None else positions - by[:, None]
-    return positions
+def moved_down(positions: Tensor, moved: Tensor | None) -> Tensor:
+    """`(batch, slots)` positions that are less by `(batch,)` `moved`."""
+    return positions if moved is None else positions - moved[:, None]
 
 
 def difference(moved: Tensor | None, without: Tensor | None) -> Tensor | None:

@@ -138,7 +138,8 @@ class ShortenPrompts(NotCopyable):
                 "so stages after a layer cannot know the images; call the whole model"
             )
         shown = images if some_visual else None
-        found = _Seen(drop if shorten else None, shown, bool(all_real), bool(gaps), facts[:3])
+        dropped = drop if shorten else None
+        found = _Seen(dropped, shown, bool(all_real), bool(gaps), steps, facts[:3])
         return self._enter(call, padding, found)
 
     def _go_on(self, call: Call) -> Hooked:
@@ -149,7 +150,7 @@ class ShortenPrompts(NotCopyable):
             past = int(past)
         padding = Padding.of(call.mask, past, embeds)
         steps = steps_of(self.llm, call, padding.shape)
-        seen = _Seen(None, None, padding.columns is None, False)
+        seen = _Seen(None, None, padding.columns is None, False, steps)
         # Whoever traces waits for no value: a mask that hides nothing is as good as none.
         if not tracing and not (seen.all_real and steps is None):
             real = padding.real(embeds).all()
@@ -158,7 +159,7 @@ class ShortenPrompts(NotCopyable):
             odd = none if padding.odd is None else padding.odd
             all_real, gaps, more = torch.stack([real, seams, odd]).tolist()
             padding.check_odd(more)
-            seen = _Seen(None, None, all_real, gaps)
+            seen = _Seen(None, None, all_real, gaps, steps)
         return self._enter(call, padding, seen)
 
     def _enter(self, call: Call, padding: Padding, seen: _Seen) -> Hooked:
@@ -179,13 +180,12 @@ class ShortenPrompts(NotCopyable):
             )
         check_cache(cache)
         check_starts(cache, starts)
-        steps = steps_of(llm, call, padding.shape)
         images = seen.images
         fresh = Shortened(0, padding.real_past, None, 0)
         known = state_of(cache, 0) or fresh
         positions = positions_of(call.positions, padding.past, embeds, self.planes)
         whole = Pass(llm, cache, padding.past, padding.shape[1])
-        sample = steps if seen.gaps and are_seams(llm, call, seen.all_real) else None
+        sample = seen.steps if seen.gaps and are_seams(llm, call, seen.all_real) else None
         columns_real = None if seen.all_real else padding.real(embeds)
         placed = moved_down(positions, known.moved)
         slots = Slots(seen.drop, columns_real, placed, sample, seen.gaps, seen.facts)
@@ -235,8 +235,9 @@ class ShortenPrompts(NotCopyable):
         if cache is not None and (shortened or state_of(cache) is not None):
             check_cache(cache)
             states = {start: segment.after for start, segment in run.segments.items()}
-            end = run.whole.past + run.whole.slots
-            note(cache, fixed_alike(states, end) if isinstance(end, int) else states)
+            if shortened:  # a decode step leaves the states as they are
+                states = fixed_alike(states, int(run.whole.past + run.whole.slots))
+            note(cache, states)
         if shortened or embeds.shape[1] > 1:  # not a decoding step
             return self._finish(run, output)
         return None
@@ -272,6 +273,7 @@ class _Seen:
         images: images of the pass; None where it brings none.
         all_real: whether no slot is padding.
         gaps: whether position ids do not go on by one.
+        steps: where they do not, see `steps_of`.
         facts: facts of the layout that is left.
     """
 
@@ -279,4 +281,5 @@ class _Seen:
     images: Images | None
     all_real: bool
     gaps: bool
+    steps: Tensor | None
     facts: Sequence[int] | None = None
