@@ -184,6 +184,8 @@ QWEN_ROWS = [
     Row([1, 11, ("image", 1, "small"), 12, 13, ("image", 2, "large"), 14, 15]),
     Row([1, 21, ("video", 3, "video"), 22, 23]),
 ]
+QWEN3 = MROPE | {"head_dim": 8}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 QWEN3_VISION = {
     "hidden_size": 32,
     "out_hidden_size": 32,
@@ -353,38 +355,20 @@ ALL = [
         QWEN_ROWS,
         planes=True,
     ),
-    Tiny(
-        "qwen3-vl",
-        _qwen(
-            "Qwen3VLConfig",
-            "Qwen3VLForConditionalGeneration",
-            MROPE | {"head_dim": 8},
-            QWEN3_VISION,
-        ),
-        _qwen_sees(4),
-        QWEN_ROWS,
-        planes=True,
-        frames=True,
-    ),
-    Tiny(
-        "qwen3-vl-moe",
-        _qwen(
-            "Qwen3VLMoeConfig",
-            "Qwen3VLMoeForConditionalGeneration",
-            MROPE
-            | {
-                "head_dim": 8,
-                "num_experts": 4,
-                "num_experts_per_tok": 2,
-                "moe_intermediate_size": 16,
-            },
-            QWEN3_VISION,
-        ),
-        _qwen_sees(4),
-        QWEN_ROWS,
-        planes=True,
-        frames=True,
-    ),
+    *[
+        Tiny(
+            name,
+            _qwen(f"{kind}Config", f"{kind}ForConditionalGeneration", text, QWEN3_VISION),
+            _qwen_sees(4),
+            QWEN_ROWS,
+            planes=True,
+            frames=True,
+        )
+        for name, kind, text in (
+            ("qwen3-vl", "Qwen3VL", QWEN3),
+            ("qwen3-vl-moe", "Qwen3VLMoe", QWEN3 | EXPERTS),
+        )
+    ],
     Tiny(
         "internvl",
         _with(

@@ -37,14 +37,13 @@ class Anatomy:
         Raises:
             UnsupportedError: a part is not where transformers keeps it.
         """
-        core = _part(model, "core", "model")
-        llm = _part(core, "language model", "language_model")
-        _part(llm, "decoder layers", "layers")
-        projector = _part(core, "projector", "multi_modal_projector")
+        core = part(model, "core", "model")
+        llm = part(core, "language model", "language_model")
+        part(llm, "decoder layers", "layers")
+        projector = part(core, "projector", "multi_modal_projector")
         names = ("vision_tower", "image_tower", "video_tower")
+        part(core, "vision tower", *names)  # one at least
         towers = tuple(getattr(core, name) for name in names if hasattr(core, name))
-        if not towers:
-            raise _missing(core, "vision tower", names)
         return cls(model, core, llm, towers, projector)
 
     @property
@@ -130,12 +129,16 @@ def has_windows(llm: nn.Module) -> str:
     return ""
 
 
-def _part(owner: Any, role: str, name: str) -> Any:
-    part = getattr(owner, name, None)
-    if part is None:
-        raise _missing(owner, role, (name,))
-    return part
+def part(owner: Any, role: str, *paths: str) -> Any:
+    """What is at the first of some paths that is there, such as ``"encoder.layers"``.
 
-
-def _missing(owner: Any, role: str, names: tuple[str, ...]) -> UnsupportedError:
-    return UnsupportedError(f"{type(owner).__name__} has no {role} (looked for {', '.join(names)})")
+    Raises:
+        UnsupportedError: nothing is at any of them.
+    """
+    for path in paths:
+        found = owner
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if found is not None:
+            return found
+    raise UnsupportedError(f"{type(owner).__name__} has no {role} (looked for {', '.join(paths)})")

@@ -17,11 +17,11 @@ from tokenprune.budget import Per
 from tokenprune.errors import UnsupportedError
 from tokenprune.gather import gather_flat, zero_fillers
 from tokenprune.hooks import NotCopyable, Removable
-from tokenprune.kept_patches import Origin
+from tokenprune.kept_patches import Kind, Origin
 from tokenprune.plan import Plan
 from tokenprune.report import Record
 from tokenprune.signals import Signal, Signals
-from tokenprune.strategy import Strategy
+from tokenprune.strategy import Reduction, Strategy
 from tokenprune.to_device import numbers_on, sent
 from tokenprune.tokens import VisualTokens
 
@@ -138,8 +138,7 @@ class Encoders(NotCopyable):
         return self._reduced(sight, made, output)
 
     def _reduced(self, sight: Sight, call: Call, raw: Any) -> Any:
-        output = Output(raw)
-        flat, _, elements = _flat(output.features)
+        flat, back, elements = _flat(Output(raw).features)
         encoded = Encoded(self.parts.core, call, elements)
         patches = sight.patches_of(encoded)
         origins = sight.origins_of(encoded, patches)
@@ -161,50 +160,34 @@ class Encoders(NotCopyable):
             ids=lambda: _prints(sight, encoded, origins).to(flat.device),
         )
         if self.strategy is not None:
-            raw, flat, tokens, signals = self._decide(sight, raw, slots, tokens, signals, origins)
+            reduction = self._decide(sight.kind, tokens, signals, origins)
+            plan = reduction.plan
+            if plan.members is not None or plan.lengths != slots.tokens:
+                flat = slots.reduced(flat, plan, -torch.inf)
+                raw = Output(raw).replaced(features=back(flat))
+                raw = _also_reduced(sight, raw, slots, plan)
+                tokens, signals = reduction.tokens, signals.reduce(plan)
         if self.later is not None:
             known: dict[Signal, Tensor] = {**signals, Ids(): tokens.ids, Sizes(): tokens.sizes}
             self.later.put(torch.split(flat, slots.lengths), Signals(known), patches)
         return raw
 
     def _decide(
-        self,
-        sight: Sight,
-        raw: Any,
-        slots: _Slots,
-        tokens: VisualTokens,
-        signals: Signals,
-        origins: Sequence[Origin],
-    ) -> tuple[Any, Tensor, VisualTokens, Signals]:
-        """Run the strategy; the output, its features, and what is left."""
+        self, kind: Kind, tokens: VisualTokens, signals: Signals, origins: Sequence[Origin]
+    ) -> Reduction:
+        """Run the strategy, and note what it did."""
         assert self.strategy is not None
-        output = Output(raw)
-        flat, back, _ = _flat(output.features)
-        with self.record.selecting(flat.device):
+        with self.record.selecting(tokens.features.device):
             reduction = self.strategy(tokens, signals)
-        plan = reduction.plan
         # Pictures and videos of the same prompts come in a call each.
         kinds: frozenset[str] = getattr(self._local, "kinds", frozenset())
-        joins = bool(kinds) and sight.kind not in kinds
-        self._local.kinds = kinds | {sight.kind} if joins else frozenset({sight.kind})
+        joins = bool(kinds) and kind not in kinds
+        self._local.kinds = kinds | {kind} if joins else frozenset({kind})
         with self.record.same_call() if joins else nullcontext():
             self.record.decided(reduction, origins)
             if self.later is None:
-                self.record.counted(slots.tokens, {0: plan.lengths}, origins)
-        if plan.members is None and plan.lengths == slots.tokens:
-            return raw, flat, tokens, signals
-        flat = slots.reduced(flat, plan, -torch.inf)
-        raw = output.replaced(features=back(flat))
-        for also in sight.also:
-            name = also.name_in(raw)
-            if name is None:
-                raise also.missing_in(raw)
-            made = []
-            for layer in getattr(raw, name):
-                rows, again, _ = _flat(layer)
-                made.append(again(slots.reduced(rows, plan, 0.0)))
-            raw = with_fields(raw, {name: made})
-        return raw, flat, reduction.tokens, signals.reduce(plan)
+                self.record.counted(tokens.lengths, {0: reduction.plan.lengths}, origins)
+        return reduction
 
     def encode_now(self, call: Call) -> None:
         """Encode what the model would encode in a call of it, a moment earlier.
@@ -216,7 +199,7 @@ class Encoders(NotCopyable):
             return
         encoded: dict[str, Any] = {}
         for sight in self.sights:
-            if sight.pixels.__get__(call, Call) is not None:
+            if sight.pixels.of(call) is not None:
                 method = getattr(self.parts.core, sight.encode)
                 taken = Signature.of(method).names & call.kwargs.keys()
                 encoded[sight.kind] = method(
@@ -239,7 +222,7 @@ class Encoders(NotCopyable):
             patches = self.later.patches(torch.split(flat, sight.lengths_of(given)))
             origins = sight.origins_of(given, patches)
             here = Images.of(self.parts.placeholders(ids, sight.kind), patches, origins)
-            found = here if found is None else found.and_(here)
+            found = here if found is None else found.joined_with(here)
         assert found is not None
         return found
 
@@ -254,6 +237,20 @@ class _Around:
 
     def __call__(self, call: Callable[[], Any], given: Mapping[str, Any]) -> Any:
         return self.encoders.encode(self.sight, Call(self.signature, (), dict(given)), call)
+
+
+def _also_reduced(sight: Sight, raw: Any, slots: _Slots, plan: Plan) -> Any:
+    """`raw` with what goes the way of the features reduced alike."""
+    for also in sight.also:
+        name = also.name_in(raw)
+        if name is None:
+            raise also.missing_in(raw)
+        made = []
+        for layer in getattr(raw, name):
+            rows, back, _ = _flat(layer)
+            made.append(back(slots.reduced(rows, plan, 0.0)))
+        raw = with_fields(raw, {name: made})
+    return raw
 
 
 def _flat(features: Any) -> tuple[Tensor, Callable[[Tensor], Any], Sequence[Tensor]]:

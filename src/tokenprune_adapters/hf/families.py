@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tokenprune.errors import UnsupportedError
 
 from .family import Encoded, Family, Sight, Tower
-from .names import Call
+from .names import Argument, Call
 from .outputs import Field, Output
 
 
@@ -23,14 +23,13 @@ def _hf(*names: str) -> tuple[str, ...]:
     return tuple(f"transformers.models.{at}.modeling_{at}.{name}" for at, name in pairs)
 
 
-def _packed(grid: Any) -> Any:
+def _packed(pixels: Argument[Any], grid: Argument[Any]) -> Callable[[Encoded], Tensor]:
     """Pixels of each picture, of patches of all pictures in a row."""
 
     def pictures(encoded: Encoded) -> Tensor:
-        call = encoded.call
-        pixels: Any = call.pictures if grid is Call.image_grid else call.videos
-        sizes = grid.__get__(encoded.call, Call).prod(-1).tolist()
-        return pad_sequence(list(pixels.split(sizes)), batch_first=True)
+        sizes = grid.of(encoded.call).prod(-1).tolist()
+        rows = torch.split(pixels.of(encoded.call), sizes)
+        return pad_sequence(list(rows), batch_first=True)
 
     return pictures
 
@@ -118,12 +117,10 @@ def _tile_pixels(encoded: Encoded) -> Tensor:
 
 def _newlines(encoded: Encoded) -> Sequence[Tensor]:
     """LLaVA-OneVision and -NeXT-Video: rows of crops end in newlines, and so does a single view."""
-    newline = encoded.core.image_newline
-    found = []
-    for each in encoded.elements:
-        patch = (each != newline.to(each)).any(-1).cpu()
-        found.append(torch.where(patch, patch.cumsum(0) - 1, -1))
-    return found
+    whole = torch.cat(list(encoded.elements))
+    held = (whole != encoded.core.image_newline.to(whole)).any(-1).cpu()  # one wait for all
+    pictures = torch.split(held, [len(each) for each in encoded.elements])
+    return [torch.where(each, each.cumsum(0) - 1, -1) for each in pictures]
 
 
 def _last_newline(encoded: Encoded) -> Sequence[Tensor]:
@@ -144,7 +141,7 @@ def _qwen(also: tuple[Field[Any], ...] = ()) -> tuple[Sight, Sight]:
         "get_image_features",
         Call.pictures,
         (Call.image_grid,),
-        pictures=_packed(Call.image_grid),
+        pictures=_packed(Call.pictures, Call.image_grid),
         also=also,
     )
     videos = replace(
@@ -153,7 +150,7 @@ def _qwen(also: tuple[Field[Any], ...] = ()) -> tuple[Sight, Sight]:
         encode="get_video_features",
         pixels=Call.videos,
         needs=(Call.video_grid,),
-        pictures=_packed(Call.video_grid),
+        pictures=_packed(Call.videos, Call.video_grid),
         frames=_times,
     )
     return images, videos
@@ -176,7 +173,6 @@ FAMILIES = (
         _qwen(),
         towers=("visual",),
         tower=_qwen_tower(_merged),
-        positions="original",
         planes="time, row and column",
     ),
     Family(
@@ -186,7 +182,6 @@ FAMILIES = (
         _qwen(),
         towers=("visual",),
         tower=_qwen_tower(_merged_by_window),
-        positions="original",
         planes="time, row and column",
     ),
     Family(
@@ -201,7 +196,6 @@ FAMILIES = (
         _qwen((Output.deepstack,)),
         towers=("visual",),
         tower=_qwen_tower(_merged),
-        positions="original",
         planes="time, row and column",
     ),
     Family(

@@ -7,7 +7,6 @@ which slots share a budget.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from tokenprune.kept_patches import Kind, Origin
 from tokenprune.placement import Positions
 from tokenprune.plugins import ModelPlugin
 
-from .anatomy import Anatomy
+from .anatomy import Anatomy, part
 from .names import Argument, Call
 from .outputs import Field
 
@@ -87,7 +86,7 @@ class Sight:
         """The pixels of each row."""
         if self.pictures is not None:
             return self.pictures(encoded)
-        pixels: Tensor = self.pixels.__get__(encoded.call, Call)
+        pixels: Tensor = self.pixels.of(encoded.call)
         return pixels
 
     def origins_of(self, encoded: Encoded, patches: Sequence[Tensor]) -> list[Origin]:
@@ -139,9 +138,7 @@ class Family:
         llm: path from the core to the language model.
         towers: paths from the core to the modules that encode pixels.
         tower: where their attention is read; None where it is not.
-        positions: position ids where a placement leaves them open; ``"original"`` alone is there
-            where they have a time, a row and a column (M-RoPE).
-        planes: what position ids count.
+        planes: what position ids count; several (M-RoPE) cannot be counted anew.
         oldest: release of transformers from which on it is as described here; by default all that
             are supported.
         tiles: whether a row is a tile of a picture, since nobody says which tiles a picture has.
@@ -154,16 +151,20 @@ class Family:
     llm: str = "language_model"
     towers: tuple[str, ...] = ("vision_tower",)
     tower: Tower | None = None
-    positions: Positions = "reindexed"
     planes: Literal["one", "time, row and column"] = "one"
     tiles: bool = False
     oldest: tuple[int, int] = (0, 0)
 
+    @property
+    def positions(self) -> Positions:
+        """Position ids before the language model where a placement leaves them open."""
+        return "reindexed" if self.planes == "one" else "original"
+
     def anatomy(self, model: nn.Module) -> Anatomy:
         """The parts of `model`."""
-        core: Any = model.model
-        towers = tuple(operator.attrgetter(path)(core) for path in self.towers)
-        return Anatomy(model, core, operator.attrgetter(self.llm)(core), towers, None)
+        core = part(model, "core", "model")
+        towers = tuple(part(core, "vision tower", path) for path in self.towers)
+        return Anatomy(model, core, part(core, "language model", self.llm), towers, None)
 
 
 def family_plugin(family: Family) -> ModelPlugin:

@@ -117,7 +117,7 @@ def _per(family: Family, stages: tuple[Stage, ...]) -> Per:
                     f"{words}: inside the language model videos are all that is known; give a "
                     "budget per image"
                 )
-    if "frame" in found and len({*found, *(["inside"] if len(stages) > 1 else [])}) > 1:
+    if "frame" in found and (len(found) > 1 or len(stages) > 1):
         raise UnsupportedError(
             "per='frame' cannot be combined with other budgets, or with stages after a layer; "
             "give all steps per='frame', or none"

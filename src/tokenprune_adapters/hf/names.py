@@ -59,6 +59,10 @@ class Argument(Generic[T]):
         taken = next((each for each in self.names if each in call.signature.names), self.names[0])
         call.kwargs[name or taken] = value
 
+    def of(self, call: Call) -> T:
+        """Value in `call`, of an argument that is not named in code."""
+        return self.__get__(call, Call)
+
     def __str__(self) -> str:
         return told(self.names)
 

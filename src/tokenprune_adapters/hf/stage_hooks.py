@@ -148,8 +148,7 @@ class _TellPass(NotCopyable):
             videos = self.parts.placeholders(ids, "video")
             call.kwargs[VISUAL] = self.parts.placeholders(ids, "image") | videos
         if self.find is not None:
-            if self.find.encode is not None and ids is not None:
-                self.find.encode(call)
+            self.find.encode(call)
             call.kwargs[IMAGES] = partial(self.find.find, call)
         return call.hooked
 
@@ -160,7 +159,7 @@ class FindImages(NotCopyable):
     Args:
         core: the model without its head.
         images: function that makes `Images` from the token ids and a call with images.
-        encode: function that encodes the pictures of a call before the model does; None where
+        encoded: function that encodes the pictures of a call before the model does; None where
             `images` needs no features.
     """
 
@@ -168,11 +167,16 @@ class FindImages(NotCopyable):
         self,
         core: nn.Module,
         images: Callable[[Tensor, Call], Images],
-        encode: Callable[[Call], None] | None = None,
+        encoded: Callable[[Call], None] | None = None,
     ) -> None:
         self.calls = calls_of(core)
         self.images = images
-        self.encode = encode
+        self.encoded = encoded
+
+    def encode(self, call: Call) -> None:
+        """Encode the pictures of a call now, where they are found by their features."""
+        if self.encoded is not None and call.ids is not None:
+            self.encoded(call)
 
     def find(self, call: Call) -> Images | None:
         """The images of a call of the model without its head; None where it brings none."""

@@ -23,7 +23,8 @@ from tokenprune.signals import (
     Signal,
 )
 
-from ..kit.tower_reading import layers_of, read_block
+from ..kit.tower_reading import answers, layers_of, read_block
+from .anatomy import part
 from .family import Encoded, Tower
 from .names import Hooked, calls_of
 
@@ -56,7 +57,7 @@ class ReadTower(NotCopyable):
 
     def __init__(self, core: Any, tower: Tower, signals: frozenset[Signal]) -> None:
         self.tower = tower
-        self.blocks = _first(core, tower.blocks)
+        self.blocks = part(core, "blocks of the tower", *tower.blocks)
         count = len(self.blocks)
         self.wanted = {each: layers_of(each, tower.layer % count, count) for each in signals}
         self._local = threading.local()
@@ -89,28 +90,10 @@ class ReadTower(NotCopyable):
         """`(slots, ...)` of each signal, its other axes in order: means over a slot's patches."""
         found, self._local.found = self.found or {}, None
         members = self.tower.members(encoded)
-        answers: dict[Signal, Tensor] = {}
-        for signal, layers in self.wanted.items():
-            missing = [layer for layer in layers if (type(signal), layer) not in found]
-            if missing:
-                raise UnsupportedError(
-                    f"{type(signal).__name__} of block {missing[0]} was not seen: its attention "
-                    "was not called, or in another way than the family says"
-                )
-            each = [found[type(signal), layer] for layer in layers]
-            flat = torch.stack(each, dim=1) if "layers" in signal.axes.split() else each[0]
-            answers[signal] = flat[members.to(flat.device)].mean(1)
-        return answers
-
-
-def _first(core: Any, paths: tuple[str, ...]) -> Any:
-    """What is at the first of the paths that is there."""
-    for path in paths:
-        try:
-            return operator.attrgetter(path)(core)
-        except AttributeError:
-            continue
-    raise UnsupportedError(f"{type(core).__name__} has no {' or '.join(paths)}")
+        return {
+            signal: flat[members.to(flat.device)].mean(1)
+            for signal, flat in answers(self.wanted, found).items()
+        }
 
 
 class _Tap(NotCopyable):
@@ -163,11 +146,11 @@ class _Tap(NotCopyable):
         self._note([self._read(q.transpose(0, 1)[None], k.transpose(0, 1)[None]) for q, k in pairs])
 
     def _read(self, query: Tensor, key: Tensor) -> dict[object, Tensor]:
-        answers: dict[object, Tensor] = {}
-        read_block(answers, self.number, self.kinds, query, key, self.read.tower.prefix)
+        read: dict[object, Tensor] = {}
+        read_block(read, self.number, self.kinds, query, key, self.read.tower.prefix)
         axes = {Keys: "b h n c -> (b n) h c", JointClsAttention: "b n -> (b n)"}
         return {
-            kind: rearrange(answers[kind, self.number], axes.get(kind, "b h n -> (b n) h"))
+            kind: rearrange(read[kind, self.number], axes.get(kind, "b h n -> (b n) h"))
             for kind in self.kinds
         }
 

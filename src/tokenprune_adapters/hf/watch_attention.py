@@ -100,8 +100,7 @@ class WatchAttention(NotCopyable):
     def _before(self, core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._local.running = None
         call = self.calls(args, kwargs)
-        if self.find.encode is not None and call.ids is not None:
-            self.find.encode(call)
+        self.find.encode(call)
         images = self.find.find(call)
         ids, cache = call.ids, call.cache
         check_cache(cache)

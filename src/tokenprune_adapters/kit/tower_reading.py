@@ -143,14 +143,14 @@ def answers(wanted: dict[Signal, tuple[int, ...]], scratch: dict[object, Tensor]
     found: Answers = {}
     for signal, layers in wanted.items():
         kind = type(signal)
+        missing = [layer for layer in layers if (kind, layer) not in scratch]
+        if missing:
+            raise UnsupportedError(
+                f"no hook has read {kind.__name__} of block {missing[0]}; torch.compile may run "
+                "the code of a block without hooks for it: keep the tower out of that, by "
+                "tower.forward = torch.compiler.disable(tower.forward)"
+            )
         if "layers" in signal.axes.split():
-            missing = [layer for layer in layers if (kind, layer) not in scratch]
-            if missing:
-                raise UnsupportedError(
-                    f"no hook has read {kind.__name__} of block {missing[0]}; torch.compile may "
-                    "run the code of a block without hooks for it: keep the tower out of that, by "
-                    "tower.forward = torch.compiler.disable(tower.forward)"
-                )
             found[signal] = torch.stack([scratch[kind, layer] for layer in layers], dim=1)
         else:
             found[signal] = scratch[(kind, *layers) if layers else kind]

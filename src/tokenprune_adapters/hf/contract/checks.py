@@ -33,7 +33,7 @@ def check_f1_a_full_budget_changes_no_bit(case: FamilyCase) -> None:
 def check_f2_detaching_restores_the_model(case: FamilyCase) -> None:
     """After detaching nothing is left on the model but what it writes itself."""
     model, inputs = case.build("sdpa"), case.inputs((0, 1))
-    plain, before = _logits(model, inputs), Snapshot(model)
+    plain = _logits(model, inputs)
     before = Snapshot(model)
     with tokenprune.attach(model, _before(case, 5), f"fastv | {_evict(case, 4)} @ after-layer(2)"):
         _logits(model, inputs)

@@ -104,7 +104,7 @@ class Images:
             tuple(origins) or tuple(Origin(number) for number in range(len(slots))),
         )
 
-    def and_(self, others: Images) -> Images:
+    def joined_with(self, others: Images) -> Images:
         """These images and `others` of the same prompts, which come behind them in order."""
         theirs = others.image >= 0
         return replace(
