@@ -1,9 +1,12 @@
-"""Settings that all tests share."""
+"""Settings and fixtures that all tests share."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -26,3 +29,19 @@ settings.load_profile(os.environ.get("TOKENPRUNE_HYPOTHESIS_PROFILE", "ci"))
 
 # Tiny tensors gain nothing from threads, and xdist runs one process per core.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tokenprune() -> Callable[..., Any]:
+    """Run a command that should work, in a terminal wide enough for its tables."""
+    from typer.testing import CliRunner
+
+    from tokenprune.cli.app import app
+
+    def run(*arguments: object) -> Any:
+        words = [str(argument) for argument in arguments]
+        result = CliRunner().invoke(app, words, env={"COLUMNS": "160"}, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result
+
+    return run

@@ -38,8 +38,14 @@ class Loaded:
 
     def grid(self, pixels: torch.Tensor) -> tuple[int, int]:
         """Patches in height and width of `(..., height, width)` pictures."""
-        patch: int = self.model.config.vision_config.patch_size
-        return pixels.shape[-2] // patch, pixels.shape[-1] // patch
+        patch: Any = self.model.config.vision_config.patch_size
+        high, wide = (patch, patch) if isinstance(patch, int) else patch
+        return pixels.shape[-2] // high, pixels.shape[-1] // wide
+
+    def placeholders(self, ids: torch.Tensor) -> list[int]:
+        """Placeholders of pictures in each prompt of `(batch, tokens)` ids."""
+        counts: list[int] = (ids == self.model.config.image_token_id).sum(1).tolist()
+        return counts
 
     def tiles(self, size: torch.Tensor) -> tuple[int, int]:
         """Tiles in height and width that a picture of `(2,)` height and width is cut into."""

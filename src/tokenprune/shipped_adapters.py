@@ -31,7 +31,12 @@ def pocket_model() -> ModuleType:
 
 
 def feature_layer(config: Any) -> int:
-    """Index of the tower block whose output a model of transformers projects, by its config."""
+    """Index of the tower block whose output a model of transformers projects, by its config.
+
+    Where a config does not say, it is the last block.
+    """
     from tokenprune_adapters.hf.anatomy import feature_layer
 
-    return feature_layer(config)
+    vision = config.vision_config
+    blocks: int = getattr(vision, "num_hidden_layers", None) or vision.depth
+    return (feature_layer(config) if hasattr(config, "vision_feature_layer") else -1) % blocks

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner, Result
 
-from tokenprune.cli.app import app
 from tokenprune_adapters import pocket
 
 
@@ -30,16 +27,3 @@ def picture_file(wide_picture: Image.Image, tmp_path: Path) -> Path:
     file = tmp_path / "picture.png"
     wide_picture.save(file)
     return file
-
-
-@pytest.fixture
-def tokenprune() -> Callable[..., Result]:
-    """Run a command that should work, in a terminal wide enough for its tables."""
-
-    def run(*arguments: object) -> Result:
-        words = [str(argument) for argument in arguments]
-        result = CliRunner().invoke(app, words, env={"COLUMNS": "160"}, catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-        return result
-
-    return run

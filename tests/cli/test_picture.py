@@ -16,8 +16,8 @@ from support import llava_next
 from tokenprune.analysis.canvas import enlarged, picture_of
 from tokenprune.analysis.heat import colour_at
 from tokenprune.cli import main
-from tokenprune.cli.drawing import Seen
 from tokenprune.cli.picture import _layers
+from tokenprune.cli.seen import Seen
 from tokenprune.loading import Loaded
 from tokenprune_adapters import pocket
 

@@ -278,17 +278,20 @@ def _onevision_sees(parts: list[tuple[Any, ...]]) -> tuple[dict[str, Any], list[
 
 
 def _onevision_slots(parts: list[tuple[Any, ...]]) -> list[Tensor]:
-    """Written out by hand: base view of 16 patches, rows of the crops with a newline each."""
+    """Written out by hand: base view of 16 patches, rows of the tiles with a newline each.
+
+    Of a square picture the middle is left: two columns of each of two tiles.
+    """
     found = []
     for part in parts:
         if part[0] == "video":  # 3 frames of 2 x 2, and a newline
             found.append(torch.tensor([*range(12), -1]))
         else:
-            rows, columns = {(30, 14): (8, 4), (16, 16): (4, 4)}[part[2:]]
-            slots, patch = list(range(16)), 16
-            for _ in range(rows):
-                slots += [*range(patch, patch + columns), -1]
-                patch += columns
+            tall = [list(range(start, start + 4)) for start in range(16, 48, 4)]
+            square = [[18 + r, 19 + r, 32 + r, 33 + r] for r in range(0, 16, 4)]
+            slots = list(range(16))
+            for row in {(30, 14): tall, (16, 16): square}[part[2:]]:
+                slots += [*row, -1]
             found.append(torch.tensor(slots))
     return found
 

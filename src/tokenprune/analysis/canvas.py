@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -83,6 +84,25 @@ def spread(
     full = Image.new(mode, size)
     full.paste(small.resize((wide * patch, high * patch), Image.Resampling.NEAREST))
     return full
+
+
+def laid_out(crops: Sequence[Image.Image], tiles: Grid | None, gap: int) -> Image.Image:
+    """A picture that is not cut; a base view and its tiles; or crops in their order, in rows.
+
+    Args:
+        crops: all of one size.
+        tiles: tiles in height and width behind a base view, or None.
+        gap: pixels between crops that are not neighbours.
+    """
+    if tiles is not None:
+        return arranged(crops, tiles, gap)
+    across = math.ceil(math.sqrt(len(crops)))
+    down = math.ceil(len(crops) / across)
+    wide, high = (side + gap for side in crops[0].size)
+    sheet = Image.new("RGB", (across * wide - gap, down * high - gap), PAPER)
+    for number, crop in enumerate(crops):
+        sheet.paste(crop, (number % across * wide, number // across * high))
+    return sheet
 
 
 def arranged(crops: Sequence[Image.Image], tiles: Grid, gap: int) -> Image.Image:

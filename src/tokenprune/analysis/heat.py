@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..errors import ShapeError
-from .canvas import INK, PAPER, Colour, Grid, arranged, enlarged, side_of_patch, spread
+from .canvas import INK, PAPER, Colour, Grid, enlarged, laid_out, side_of_patch, spread
 
 # Viridis at nine places: lightness rises evenly, so it reads in gray and for the colour-blind.
 _SCALE: tuple[Colour, ...] = (
@@ -88,7 +88,8 @@ def heat_crops(
         crops: what the model saw: the base view, then the tiles by rows.
         scores: for each crop those of its patches; NaN for what is no token.
         grid: patches in height and width of a crop.
-        tiles: tiles in height and width; None for one picture alone.
+        tiles: tiles in height and width behind a base view; None for one picture alone, or for
+            crops in their order.
         scale: by how much to enlarge.
         opacity: 1 hides the picture.
     """
@@ -97,7 +98,7 @@ def heat_crops(
         _drawn(crop, of_crop, low, high, grid, scale, opacity)
         for crop, of_crop in zip(crops, scores, strict=True)
     ]
-    whole = drawn[0] if tiles is None else arranged(drawn, tiles, gap=6 * scale)
+    whole = laid_out(drawn, tiles, gap=6 * scale)
     return _with_scale(whole, low, high, opacity)
 
 

@@ -16,8 +16,8 @@ from ..plan import Plan
 from .canvas import (
     Colour,
     Grid,
-    arranged,
     enlarged,
+    laid_out,
     magnify,
     picture_of,
     side_of_patch,
@@ -115,7 +115,8 @@ def draw_fate(
         crops: what the model saw; one picture, or base view and tiles.
         fate: what became of their patches.
         grid: patches in height and width of a crop.
-        tiles: tiles in height and width; None for one picture alone.
+        tiles: tiles in height and width behind a base view; None for one picture alone, or for
+            crops in their order.
         scale: by how much to enlarge.
     """
     tints = colours(fate, grid)
@@ -123,7 +124,7 @@ def draw_fate(
         _drawn(crop, slots, tints, fate.groups, grid, scale)
         for crop, slots in zip(crops, fate.crops, strict=True)
     ]
-    return drawn[0] if tiles is None else arranged(drawn, tiles, gap=6 * scale)
+    return laid_out(drawn, tiles, gap=6 * scale)
 
 
 def _drawn(

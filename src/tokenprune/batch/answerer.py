@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 
 from ..attach import Attachment, attach
 from ..errors import UnsupportedError
+from ..report import ImageReport
 from ..spec import parse_schedule, spec_of
 from .errors import PictureError, WorkerError
 
@@ -218,5 +220,23 @@ def _generate(
                 f"{model.pruned.spec!r} reduced no picture; has the model fewer layers than it "
                 "names?"
             )
-        for case, image in zip(cases, images, strict=True):
-            rows[case.row].before, rows[case.row].after = image.before, image.after
+        of_prompts = _by_prompt(images, model.loaded.placeholders(inputs["input_ids"]))
+        for case, seen in zip(cases, of_prompts, strict=True):
+            rows[case.row].before = sum(image.before for image in seen)
+            rows[case.row].after = sum(image.after for image in seen)
+
+
+def _by_prompt(
+    images: Sequence[ImageReport], placeholders: Sequence[int]
+) -> list[Sequence[ImageReport]]:
+    """What became of the picture of each prompt; of several tiles, where a model reports tiles.
+
+    >>> one, two = ImageReport(4, 2), ImageReport(4, 1)
+    >>> [len(each) for each in _by_prompt([one, two, two], [8, 4])]
+    [2, 1]
+    """
+    if len(images) == len(placeholders):
+        return [[image] for image in images]
+    each = sum(placeholders) // len(images)  # tiles have as many placeholders as each other
+    ends = list(itertools.accumulate(count // each for count in placeholders))
+    return [images[start:end] for start, end in itertools.pairwise([0, *ends])]

@@ -193,7 +193,7 @@ def _answer(
     record.selector.append(report.selector_seconds / rows)
     record.kv_bytes += report.kv_bytes
     record.kv_bytes_vanilla += report.kv_bytes_vanilla
-    record.pictures += len(report.images)
+    record.pictures += rows  # one each, however many tiles a report has of it
     record.before += report.tokens_before
     for layer, tokens in report.layers:
         record.layers[layer] = record.layers.get(layer, 0) + tokens

@@ -25,8 +25,9 @@ from ..tokens import VisualTokens
 from .answer import Answer, answer
 from .bench import POCKET, longest, model_named
 from .console import console
-from .drawing import Seen, check_writable, write_picture
+from .drawing import check_writable, write_picture
 from .errors import CommandError
+from .seen import Seen
 
 KEPT = ("vtc-cls(keep=0.22)", "random(keep=0.22)", "tome(keep=0.22)")
 SCORED = ("cls-attention", "received-attention(layers=1)", "similarity", "fastv @ after-layer(2)")
@@ -153,8 +154,7 @@ def _kept(seen: Seen, spec: str, given: Answer, truth: str | None, scale: int) -
     counts = f"{after} of {before} visual tokens"
     if len(parse_schedule(spec)) > 1:
         # The last of several stages does not know what the others discarded.
-        (kept,) = report.kept
-        drawn = seen.kept(kept, scale)
+        drawn = seen.kept(report.kept, scale)
     else:
         drawn = seen.reduced(reduction, scale)
         merged = _merged(reduction)
@@ -196,8 +196,7 @@ def _scored(seen: Seen, spec: str, given: Answer, scale: int) -> Panel:
 
 def _layers(loaded: Loaded, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Reduction]]:
     """[CLS] attention, mean over heads, of each vision layer up to the one that gives features."""
-    config = loaded.model.config
-    last = feature_layer(config) % config.vision_config.num_hidden_layers
+    last = feature_layer(loaded.model.config)
     witness = _Witness(ClsAttention(tuple(range(last + 1))))
     stage = Strategy(witness, Evict(1.0)).at(BeforeLLM())
     try:

@@ -13,8 +13,9 @@ from ..report import Report
 from ..spec import parse_schedule, spec_of
 from .answer import Answer, answer
 from .console import console, milliseconds, size, table
-from .drawing import Seen, check_writable, write_picture
+from .drawing import check_writable, write_picture
 from .errors import CommandError
+from .seen import Seen
 from .timing import Timing, explained, measure
 
 SIDE = 384

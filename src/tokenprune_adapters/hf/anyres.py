@@ -1,4 +1,4 @@
-"""Any-resolution images: which crop and patch every packed token of LLaVA-NeXT is.
+"""Any-resolution images: which crop and patch every packed token is.
 
 The model's own packing (grid, unpadding, newlines) is run on an index instead of on features, so
 nothing of it is repeated here and every version is followed.
@@ -7,6 +7,7 @@ nothing of it is repeated here and every version is followed.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,65 @@ class Packing:
         return BudgetRows.of(
             [each[present[each]] for each in numbers], self.patches_per_crop, origins
         )
+
+
+def packed_by_grid(
+    core: Any, sizes: Tensor, whole: Sequence[bool], side: int, **options: Any
+) -> list[Tensor]:
+    """Crop and patch of every packed token, of a model that may shrink the grid of its tiles.
+
+    The packing is run on rows and columns of that grid, which shrink as features do. A token that
+    is made of several patches counts as the one that is nearest to its middle.
+
+    Args:
+        core: the model without its head, with `pack_image_features`.
+        sizes: `(images, 2)` height and width.
+        whole: for each image, whether it has no tiles.
+        side: patches a side of a crop.
+        options: more arguments of `pack_image_features`.
+
+    Returns:
+        For each image `(packed,)` int64: crop times patches of a crop plus patch, or -1 for a
+        newline.
+    """
+    grids = [
+        (0, 0) if alone else _grid(core, size) for size, alone in zip(sizes, whole, strict=True)
+    ]
+    packed, _ = core.pack_image_features(
+        [_places(grid, side) for grid in grids],
+        sizes,
+        image_newline=torch.full((2,), float(NEWLINE), device="cpu"),
+        **options,
+    )
+    return [_patches(each, across, side) for each, (_, across) in zip(packed, grids, strict=True)]
+
+
+def _places(grid: tuple[int, int], side: int) -> Tensor:
+    """`(crops, patches, 2)` row and column: of the base view, then of tiles in one large grid."""
+    down, across = grid
+    one = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    tiles = torch.cartesian_prod(torch.arange(down), torch.arange(across)) * side
+    return torch.cat([one[None], tiles[:, None] + one]).float()
+
+
+def _patches(places: Tensor, across: int, side: int) -> Tensor:
+    """Crop times patches plus patch of each packed token, from `(packed, 2)` row and column."""
+    row, column = places.round().long().T
+    tile = row // side * across + column // side
+    tile[: side * side] = -1  # the base view comes first
+    patch: Tensor = (tile + 1) * side * side + row % side * side + column % side
+    return patch.masked_fill(places[:, 0] < 0, NEWLINE)
+
+
+def _grid(core: Any, size: Tensor) -> tuple[int, int]:
+    """Tiles in height and width of an image of `size`: the model's own count."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    vision = core.config.vision_config
+    shape: tuple[int, int] = get_anyres_image_grid_shape(
+        size, core.config.image_grid_pinpoints, vision.image_size
+    )
+    return shape
 
 
 def _crops(core: Any, size: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.errors import UnsupportedError
 
+from .anatomy import patches_per_crop
+from .anyres import Packing, packed_by_grid
 from .family import Encoded, Family, Sight, Tower
 from .names import Argument, Call
 from .outputs import Field, Output
@@ -115,12 +118,29 @@ def _tile_pixels(encoded: Encoded) -> Tensor:
     return pixels[pixels.flatten(1).any(1)]
 
 
-def _newlines(encoded: Encoded) -> Sequence[Tensor]:
-    """LLaVA-OneVision and -NeXT-Video: rows of crops end in newlines, and so does a single view."""
-    whole = torch.cat(list(encoded.elements))
-    held = (whole != encoded.core.image_newline.to(whole)).any(-1).cpu()  # one wait for all
-    pictures = torch.split(held, [len(each) for each in encoded.elements])
-    return [torch.where(each, each.cumsum(0) - 1, -1) for each in pictures]
+def _packed_crops(encoded: Encoded) -> Sequence[Tensor]:
+    """LLaVA-NeXT-Video: base view, and rows of tiles that end in newlines."""
+    core = encoded.core
+    return Packing.of(core, _sizes(encoded), patches_per_crop(core.config)).patches
+
+
+def _packed_grid(encoded: Encoded) -> Sequence[Tensor]:
+    """LLaVA-OneVision: tiles may shrink, and one of several pictures of a prompt has none."""
+    core, call = encoded.core, encoded.call
+    sizes, counts, aspect = _sizes(encoded), call.pictures_of_prompts, call.aspect
+    pictures = [1] * len(sizes) if counts is None else counts.tolist()
+    whole = [count > 1 for count in pictures for _ in range(count)]
+    side = math.isqrt(patches_per_crop(core.config))
+    aspect = core.config.vision_aspect_ratio if aspect is None else aspect
+    return packed_by_grid(core, sizes, whole, side, vision_aspect_ratio=aspect)
+
+
+def _sizes(encoded: Encoded) -> Tensor:
+    return torch.as_tensor(encoded.call.sizes, device="cpu")
+
+
+def _crop(encoded: Encoded) -> int:
+    return patches_per_crop(encoded.core.config)
 
 
 def _last_newline(encoded: Encoded) -> Sequence[Tensor]:
@@ -132,6 +152,11 @@ def _last_newline(encoded: Encoded) -> Sequence[Tensor]:
 
 IMAGES = Sight("image", "get_image_features", Call.pictures)
 """Pictures that come as elements of the features, one for each row of pixels."""
+
+
+def _anyres(patches: Callable[[Encoded], Sequence[Tensor]]) -> Sight:
+    """Pictures with a base view and tiles, packed by their sizes."""
+    return replace(IMAGES, needs=(Call.sizes,), patches=patches, crop=_crop)
 
 
 def _qwen(also: tuple[Field[Any], ...] = ()) -> tuple[Sight, Sight]:
@@ -218,7 +243,7 @@ FAMILIES = (
         "LLaVA-OneVision of transformers (pictures of any resolution, and videos)",
         _hf("llava_onevision", "LlavaOnevisionForConditionalGeneration"),
         (
-            Sight("image", "get_image_features", Call.pictures, patches=_newlines),
+            _anyres(_packed_grid),
             Sight(
                 "video",
                 "get_video_features",
@@ -233,7 +258,7 @@ FAMILIES = (
         "LLaVA-NeXT-Video of transformers (pictures of any resolution, and videos)",
         _hf("llava_next_video", "LlavaNextVideoForConditionalGeneration"),
         (
-            Sight("image", "get_image_features", Call.pictures, patches=_newlines),
+            _anyres(_packed_crops),
             Sight("video", "get_video_features", Call.videos, frames=_frames),
         ),
         oldest=(5, 24),

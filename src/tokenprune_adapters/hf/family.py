@@ -60,6 +60,8 @@ class Sight:
         also: fields of the output that go the way of the features (DeepStack), a list per layer.
         frames: function that gives the number of frames of each row, in which its patches stand
             one after the other, or None where a call does not tell; None for pictures.
+        crop: function that gives the number of patches of a crop, by which `patches` counts on from
+            crop to crop; None where a row is one crop.
     """
 
     kind: Kind
@@ -71,6 +73,7 @@ class Sight:
     pictures: Callable[[Encoded], Tensor] | None = None
     also: tuple[Field[Any], ...] = ()
     frames: Callable[[Encoded], Sequence[int] | None] | None = None
+    crop: Callable[[Encoded], int] | None = None
 
     def lengths_of(self, encoded: Encoded) -> list[int]:
         """Number of slots of each row."""
@@ -92,7 +95,8 @@ class Sight:
     def origins_of(self, encoded: Encoded, patches: Sequence[Tensor]) -> list[Origin]:
         """What each row shows."""
         frames = None if self.frames is None else self.frames(encoded)
-        sizes: list[int | None] = [None] * len(patches)
+        crop = None if self.crop is None else self.crop(encoded)
+        sizes: list[int | None] = [crop] * len(patches)
         if frames is not None:
             pairs = zip(patches, frames, strict=True)
             sizes = [int((patch >= 0).sum()) // count for patch, count in pairs]

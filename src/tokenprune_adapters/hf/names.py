@@ -95,6 +95,8 @@ class Call:
     pictures = Argument[Any]("pixel_values", "pixel_values_images", optional=True)
     videos = Argument[Tensor | None]("pixel_values_videos", optional=True)
     sizes = Argument[Any]("image_sizes")
+    pictures_of_prompts = Argument[Tensor | None]("batch_num_images", optional=True)
+    aspect = Argument[str | None]("vision_aspect_ratio", optional=True)
     feature_layer = Argument[Any]("vision_feature_layer", optional=True)
     select = Argument[str | None]("vision_feature_select_strategy", optional=True)
     seams = Argument[Tensor]("cu_seqlens")

@@ -10,7 +10,7 @@ import torch
 
 import tokenprune
 from support.llava_next import PATCH, SIDE, SIZES, Picture, Prompt, collate, kept, tiny_llava_next
-from tokenprune.cli.drawing import Seen
+from tokenprune.cli.seen import Seen
 from tokenprune.loading import Loaded
 
 GRAY = (128, 128, 128)
