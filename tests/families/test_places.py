@@ -13,9 +13,10 @@ from tokenprune import Kept
 NAMED = {tiny.name: tiny for tiny in FAMILIES}
 
 
-def kept_of(slots: list[int], **given: Any) -> tuple[Kept, ...]:
+def kept_of(slots: list[int], aspect: str = "anyres_max_9", **given: Any) -> tuple[Kept, ...]:
     """All tokens of pictures with so many placeholders."""
     model = NAMED["llava-onevision"].make("sdpa")
+    model.config.vision_aspect_ratio = aspect
     ids = torch.tensor([[token for count in slots for token in (11, *[IMAGE] * count, 12)]])
     with torch.no_grad(), tokenprune.attach(model, "random | evict(1.0)") as attachment:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), **given)
@@ -29,7 +30,7 @@ def test_tiles_that_shrink() -> None:
         [16 + 4 * 5],
         pixel_values=pixels,
         image_sizes=torch.tensor([[32, 32]]),
-        vision_aspect_ratio="anyres_max_1",
+        aspect="anyres_max_1",
     )
     assert kept.of(0) == tuple(range(16))
     for tile in range(1, 5):  # each token is made of four; here the first of them is as near as any
