@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING
 
 from tokenprune.adapter import ModelAdapter, TowerAdapter
 from tokenprune.plugins import ModelPlugin, TowerPlugin, hookimpl
 from tokenprune.trial import Trial
+
+if TYPE_CHECKING:
+    from .hf.family import Family
 
 
 def _clip() -> TowerAdapter:
@@ -67,6 +72,12 @@ def _video_llava_trials() -> Iterable[Trial]:
     from .hf.trials.video_llava import trials
 
     return trials()
+
+
+def _family_trials(family: Family) -> Iterable[Trial]:
+    from .hf.trials.families import trials
+
+    return trials(family)
 
 
 def _open_clip_trials() -> Iterable[Trial]:
@@ -134,7 +145,8 @@ def tokenprune_models() -> Iterable[ModelPlugin]:
     from .hf.families import FAMILIES
     from .hf.family import family_plugin
 
-    yield from map(family_plugin, FAMILIES)
+    for family in FAMILIES:
+        yield family_plugin(family, partial(_family_trials, family))
     yield ModelPlugin(
         "open-clip-visual",
         "model.visual of open_clip, after blocks: encode_image itself gets faster",

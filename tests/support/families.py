@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from tokenprune_adapters.hf.checks import VERSION
@@ -15,25 +14,10 @@ from tokenprune_adapters.hf.contract import FamilyCase
 from tokenprune_adapters.hf.families import FAMILIES as SHIPPED
 from tokenprune_adapters.hf.families import LLAVA_PIXTRAL
 from tokenprune_adapters.hf.family import Family
+from tokenprune_adapters.hf.trials.tiny_families import END, IMAGE, START, TINY, VIDEO
 
-IMAGE, VIDEO, START = 90, 91, 92
-"""Token ids: placeholders of pictures and videos, and what stands in front of either."""
-
-SPECIAL = [0, IMAGE, VIDEO, START, 93]
+SPECIAL = [0, IMAGE, VIDEO, START, END]
 """Token ids that nobody generates."""
-
-TEXT = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
 
 
 @dataclass
@@ -48,13 +32,11 @@ class Tiny:
     """Tiny family.
 
     Attributes:
-        make: builds the model for an attention implementation.
         see: from the pictures of all prompts, the arguments of the model, and the slots of each.
         rows: two prompts, the first with two pictures, the second with one, or with a video.
     """
 
     name: str
-    make: Callable[[str], Any]
     see: Callable[[list[tuple[Any, ...]]], tuple[dict[str, Any], list[int]]]
     rows: list[Row]
     planes: bool = False
@@ -62,6 +44,10 @@ class Tiny:
     split: Callable[[int], list[int]] | None = None
     patch: Callable[[dict[str, Any]], list[Tensor]] | None = None
     family: Family | None = None
+
+    def make(self, attention: str) -> Any:
+        """The model, for an attention implementation."""
+        return rescaled(TINY[self.name](attention=attention))
 
 
 TEXT_ALONE = Row([1, 41, 42, 43, 44])
@@ -162,79 +148,20 @@ def _qwen_sees(patch: int) -> Any:
     return see
 
 
-def _qwen(config: str, model: str, text: dict[str, Any], vision: dict[str, Any]) -> Any:
-    def make(attention: str) -> Any:
-        torch.manual_seed(0)
-        made = getattr(transformers, config)(
-            text_config=TEXT | text,
-            vision_config={"depth": 4, "patch_size": 4, "in_channels": 3} | vision,
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            vision_start_token_id=START,
-            vision_end_token_id=93,
-            attn_implementation=attention,
-        )
-        return rescaled(getattr(transformers, model)(made))
-
-    return make
-
-
-MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 QWEN_ROWS = [
     Row([1, 11, ("image", 1, "small"), 12, 13, ("image", 2, "large"), 14, 15]),
     Row([1, 21, ("video", 3, "video"), 22, 23]),
 ]
-QWEN3 = MROPE | {"head_dim": 8}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-QWEN3_VISION = {
-    "hidden_size": 32,
-    "out_hidden_size": 32,
-    "num_heads": 2,
-    "intermediate_size": 48,
-    "num_position_embeddings": 64,
-    "deepstack_visual_indexes": [0, 2],
-}
-
-PIXTRAL = {
-    "model_type": "pixtral",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "head_dim": 16,
-    "image_size": 64,
-    "patch_size": 4,
-}
-SIGLIP = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 4,
-}
-
-
-def _with(
-    config: str, model: str, vision: dict[str, Any], text: dict[str, Any], **more: Any
-) -> Any:
-    def make(attention: str) -> Any:
-        torch.manual_seed(0)
-        made = getattr(transformers, config)(
-            text_config=TEXT | text,
-            vision_config=vision,
-            attn_implementation=attention,
-            tie_word_embeddings=False,
-            **more,
-        )
-        return rescaled(getattr(transformers, model)(made))
-
-    return make
 
 
 def _pictures(parts: list[tuple[Any, ...]], side: int) -> Tensor:
     return torch.stack([pixels(part[1], 3, side, side) for part in parts])
 
+
+ANYRES_ROWS = [
+    Row([1, 11, ("image", 1, 30, 14), 12, 13, ("image", 2, 16, 16), 14, 15]),
+    Row([1, 21, ("video", 3), 22, 23]),
+]
 
 TILE_ROWS = [
     Row([1, 11, ("image", 1, 2), 12, 13, ("image", 2, 1), 14, 15]),
@@ -327,158 +254,31 @@ def _mistral_sees(parts: list[tuple[Any, ...]]) -> tuple[dict[str, Any], list[in
 
 
 ALL = [
-    Tiny(
-        "qwen2-vl",
-        _qwen(
-            "Qwen2VLConfig",
-            "Qwen2VLForConditionalGeneration",
-            MROPE,
-            {"embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
-        ),
-        _qwen_sees(4),
-        QWEN_ROWS,
-        planes=True,
-    ),
-    Tiny(
-        "qwen2.5-vl",
-        _qwen(
-            "Qwen2_5_VLConfig",
-            "Qwen2_5_VLForConditionalGeneration",
-            MROPE,
-            {
-                "hidden_size": 32,
-                "out_hidden_size": 32,
-                "num_heads": 2,
-                "intermediate_size": 48,
-                "window_size": 16,
-                "fullatt_block_indexes": [1, 3],
-            },
-        ),
-        _qwen_sees(4),
-        QWEN_ROWS,
-        planes=True,
-    ),
-    *[
-        Tiny(
-            name,
-            _qwen(f"{kind}Config", f"{kind}ForConditionalGeneration", text, QWEN3_VISION),
-            _qwen_sees(4),
-            QWEN_ROWS,
-            planes=True,
-            frames=True,
-        )
-        for name, kind, text in (
-            ("qwen3-vl", "Qwen3VL", QWEN3),
-            ("qwen3-vl-moe", "Qwen3VLMoe", QWEN3 | EXPERTS),
-        )
-    ],
-    Tiny(
-        "internvl",
-        _with(
-            "InternVLConfig",
-            "InternVLForConditionalGeneration",
-            {
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 2,
-                "image_size": [32, 32],
-                "patch_size": [4, 4],
-                "use_qk_norm": True,
-            },
-            {"model_type": "qwen2"},
-            image_token_id=IMAGE,
-            image_seq_length=16,
-            vision_feature_layer=-1,
-        ),
-        _tiles_see,
-        TILE_ROWS,
-        split=lambda slots: [16] * (slots // 16),
-    ),
-    Tiny(
-        "llava-onevision",
-        _with(
-            "LlavaOnevisionConfig",
-            "LlavaOnevisionForConditionalGeneration",
-            {**SIGLIP, "model_type": "siglip_vision_model"},
-            {"model_type": "qwen2"},
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
-            vision_feature_layer=-1,
-        ),
-        _onevision_sees,
-        [
-            Row([1, 11, ("image", 1, 30, 14), 12, 13, ("image", 2, 16, 16), 14, 15]),
-            Row([1, 21, ("video", 3), 22, 23]),
-        ],
-        patch=_onevision_patches,
-    ),
+    Tiny("qwen2-vl", _qwen_sees(4), QWEN_ROWS, planes=True),
+    Tiny("qwen2.5-vl", _qwen_sees(4), QWEN_ROWS, planes=True),
+    Tiny("qwen3-vl", _qwen_sees(4), QWEN_ROWS, planes=True, frames=True),
+    Tiny("qwen3-vl-moe", _qwen_sees(4), QWEN_ROWS, planes=True, frames=True),
+    Tiny("internvl", _tiles_see, TILE_ROWS, split=lambda slots: [16] * (slots // 16)),
+    Tiny("llava-onevision", _onevision_sees, ANYRES_ROWS, patch=_onevision_patches),
     Tiny(
         "llava-next-video",
-        _with(
-            "LlavaNextVideoConfig",
-            "LlavaNextVideoForConditionalGeneration",
-            {**SIGLIP, "model_type": "clip_vision_model"},
-            {"model_type": "llama"},
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
-        ),
         _next_video_sees,
-        [
-            Row([1, 11, ("image", 1, 30, 14), 12, 13, ("image", 2, 16, 16), 14, 15]),
-            Row([1, 21, ("video", 3), 22, 23]),
-        ],
+        ANYRES_ROWS,
         patch=lambda inputs: _next_video_slots(
             [("image", 1, 30, 14), ("image", 2, 16, 16), ("video", 3)]
         ),
     ),
     *[
-        Tiny(
-            name,
-            _with(
-                config,
-                model,
-                SIGLIP | {"image_size": 32, "patch_size": 4},
-                {"model_type": "llama"},
-                image_token_id=IMAGE,
-                scale_factor=2,
-            ),
-            _idefics_sees,
-            TILE_ROWS,
-            split=lambda slots: [16] * (slots // 16),
-        )
-        for name, config, model in (
-            ("smolvlm", "SmolVLMConfig", "SmolVLMForConditionalGeneration"),
-            ("idefics3", "Idefics3Config", "Idefics3ForConditionalGeneration"),
-        )
+        Tiny(name, _idefics_sees, TILE_ROWS, split=lambda slots: [16] * (slots // 16))
+        for name in ("smolvlm", "idefics3")
     ],
     Tiny(
         "vipllava",
-        _with(
-            "VipLlavaConfig",
-            "VipLlavaForConditionalGeneration",
-            {**SIGLIP, "model_type": "clip_vision_model"},
-            {"model_type": "llama"},
-            image_token_id=IMAGE,
-            image_seq_length=16,
-            vision_feature_layers=[-1, -2],
-        ),
         lambda parts: ({"pixel_values": _pictures(parts, 16)}, [16] * len(parts)),
         [Row([1, 11, ("image", 1), 12, 13, ("image", 2), 14]), Row([1, 21, ("image", 3), 22])],
     ),
     Tiny(
         "mistral3",
-        _with(
-            "Mistral3Config",
-            "Mistral3ForConditionalGeneration",
-            PIXTRAL,
-            {"model_type": "mistral", "sliding_window": None},
-            image_token_id=IMAGE,
-            spatial_merge_size=2,
-            vision_feature_layer=-1,
-        ),
         _mistral_sees,
         [
             Row([1, 11, ("image", 1, 32, 16), 12, 13, ("image", 2, 24, 32), 14]),
@@ -487,15 +287,6 @@ ALL = [
     ),
     Tiny(
         "llava-pixtral",
-        _with(
-            "LlavaConfig",
-            "LlavaForConditionalGeneration",
-            PIXTRAL,
-            {"model_type": "mistral", "sliding_window": None},
-            image_token_id=IMAGE,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-        ),
         _pixtral_sees,
         [
             Row([1, 11, ("image", 1, 16, 8), 12, 13, ("image", 2, 12, 16), 14]),

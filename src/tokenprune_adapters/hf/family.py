@@ -7,7 +7,7 @@ which slots share a budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from tokenprune.adapter import ModelAdapter
 from tokenprune.kept_patches import Kind, Origin
 from tokenprune.placement import Positions
 from tokenprune.plugins import ModelPlugin
+from tokenprune.trial import Trial
 
 from .anatomy import Anatomy, part
 from .names import Argument, Call
@@ -171,15 +172,22 @@ class Family:
         return Anatomy(model, core, part(core, "language model", self.llm), towers, None)
 
 
-def family_plugin(family: Family) -> ModelPlugin:
-    """What `tokenprune_models` yields for a family."""
+def family_plugin(
+    family: Family, trials: Callable[[], Iterable[Trial]] | None = None
+) -> ModelPlugin:
+    """What `tokenprune_models` yields for a family.
+
+    Args:
+        family: the family.
+        trials: function that gives tiny models for `tokenprune doctor`.
+    """
     offers = [f"positions before the LLM {family.positions}"]
     if family.tower is not None:
         offers.insert(0, "attention of the tower")
     if any(family.oldest):
         offers.append(f"transformers {'.'.join(map(str, family.oldest))} or newer")
     summary = f"{family.summary}; {', '.join(offers)}"
-    return ModelPlugin(family.name, summary, partial(_adapter, family), family.classes)
+    return ModelPlugin(family.name, summary, partial(_adapter, family), family.classes, trials)
 
 
 def _adapter(family: Family) -> ModelAdapter:

@@ -13,8 +13,8 @@ import tokenprune
 from tokenprune.spec import parse
 from tokenprune.testing.snapshot import Snapshot
 
+from ..trials.oracle import Cut, Expected, Oracle
 from .case import FamilyCase, Inputs
-from .oracle import Cut, Expected, Oracle
 
 STEPS = 3
 ATTENTION = ("sdpa", "eager")

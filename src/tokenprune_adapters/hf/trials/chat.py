@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,25 +66,10 @@ class Chat:
         return Questions(self.ask, cuts)
 
     def ask(self) -> Answer:
-        """Answers to both prompts, in a batch: a prefill, then a few tokens with a KV cache."""
-        pad = self.model.generation_config.pad_token_id or 0
-        ids, mask = collated(self.prompts, pad)
-        inputs = self.pictures.arguments()
-        first = self.model(input_ids=ids, attention_mask=mask, **inputs).logits[:, -1:]
-        made = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            **inputs,
-            max_new_tokens=STEPS,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=None,
-            pad_token_id=pad,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        logits = torch.cat([first, torch.stack(made.logits, dim=1)], dim=1)
-        return Answer(made.sequences[:, ids.shape[1] :], logits)
+        """Answers to both prompts, in a batch."""
+        ids, mask = collated(self.prompts, self.model.generation_config.pad_token_id or 0)
+        given = {"input_ids": ids, "attention_mask": mask, **self.pictures.arguments()}
+        return answer(self.model, given)
 
     def _cut(
         self,
@@ -112,6 +97,23 @@ class Chat:
                     for (prompt, each), said in zip(pairs, text, strict=True)
                 ]
             )
-            return torch.cat([made[:, :1], made], dim=1)  # prefilled twice, see `ask`
+            return torch.cat([made[:, :1], made], dim=1)  # prefilled twice, see `answer`
 
         return Cut(where, spec.format(keep), by_hand)
+
+
+def answer(model: Any, inputs: Mapping[str, Tensor]) -> Answer:
+    """Answers to a batch of prompts: a prefill, then a few tokens with a KV cache."""
+    first = model(**inputs).logits[:, -1:]
+    made = model.generate(
+        **inputs,
+        max_new_tokens=STEPS,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=None,
+        pad_token_id=model.generation_config.pad_token_id or 0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits = torch.cat([first, torch.stack(made.logits, dim=1)], dim=1)
+    return Answer(made.sequences[:, inputs["input_ids"].shape[1] :], logits)

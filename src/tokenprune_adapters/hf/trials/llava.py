@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenprune.trial import Trial
+from tokenprune.trial import Questions, Trial
 
 from ..anatomy import patches_per_crop
+from ..families import PIXTRAL
 from .chat import questions
+from .families import pixtral_trial
 from .prompts import Part, Pictures
 from .tiny import IMAGE, text_config, tiny, vision_config
 
@@ -47,11 +49,19 @@ def _build(siglip: bool) -> nn.Module:
 
 
 def trials() -> Iterable[Trial]:
-    """With either tower."""
+    """With each tower."""
     for tower in ("CLIP", "SigLIP"):
         yield Trial(
             f"LlavaForConditionalGeneration ({tower})",
             "transformers",
             lambda tower=tower: _build(tower == "SigLIP"),  # type: ignore[misc]
-            questions(LlavaPictures),
+            _questions,
         )
+    yield pixtral_trial()
+
+
+def _questions(model: Any) -> Questions:
+    """By the tower, which of a user's model may be any of these."""
+    trial = pixtral_trial()
+    packed = type(model.model.vision_tower).__name__ == PIXTRAL
+    return (trial.questions if packed else questions(LlavaPictures))(model)

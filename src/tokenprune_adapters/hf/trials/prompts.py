@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,14 +104,11 @@ class Prompt:
 
 def prompts(model: Any, pictures: Sequence[Part]) -> list[Prompt]:
     """Two prompts, the first about one of three pictures, the second about the other two."""
-    generator = torch.Generator().manual_seed(0)
-    text = model.config.get_text_config()
-    special = {int(part.ids[0]) for part in pictures}
-    special |= {text.pad_token_id, text.bos_token_id, text.eos_token_id}
-    words = torch.tensor([word for word in range(text.vocab_size) if word not in special])
+    left = words(model, [int(part.ids[0]) for part in pictures], 17)
 
     def said(count: int) -> Part:
-        ids = words[torch.randint(len(words), (count,), generator=generator)].to(model.device)
+        nonlocal left
+        ids, left = left[:count], left[count:]
         embeds = model.get_input_embeddings()(ids)
         return Part(ids, embeds, torch.full((count,), torch.inf, device=model.device))
 
@@ -120,6 +117,20 @@ def prompts(model: Any, pictures: Sequence[Part]) -> list[Prompt]:
         Prompt.of([said(3), one, said(4)]),
         Prompt.of([said(2), two, said(3), three, said(5)]),
     ]
+
+
+def words(model: Any, special: Iterable[int], count: int) -> Tensor:
+    """`(count,)` ids of text, none of which is `special` or named in the model's config."""
+    text = model.config.get_text_config()
+    named = {
+        value
+        for config in (model.config, text)
+        for name, value in vars(config).items()
+        if name.endswith("token_id")
+    }
+    plain = torch.tensor([n for n in range(text.vocab_size) if n not in {*special, *named}])
+    chosen = torch.randint(len(plain), (count,), generator=torch.Generator().manual_seed(0))
+    return plain[chosen].to(model.device)
 
 
 def collated(prompts: Sequence[Prompt], pad: int) -> tuple[Tensor, Tensor]:

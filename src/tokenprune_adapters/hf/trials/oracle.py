@@ -20,8 +20,6 @@ from tokenprune.signals import Signals
 from tokenprune.strategy import Strategy
 from tokenprune.tokens import VisualTokens
 
-LOWEST = torch.finfo(torch.float32).min
-
 
 @dataclass(frozen=True)
 class Cut:
@@ -65,6 +63,7 @@ class Oracle:
         patches: the patch that each slot of a row is, -1 for none; None where all are patches.
         cuts: what is dropped or merged.
         silent: token ids that are never said.
+        shift: places that what is kept moves within its row, which is wrong.
     """
 
     model: Any
@@ -73,6 +72,7 @@ class Oracle:
     patches: Sequence[Tensor] | None
     cuts: Sequence[Cut]
     silent: Sequence[int] = ()
+    shift: int = 0
     _seen: dict[int, Tensor] = field(default_factory=dict)
     _made: dict[int, list[tuple[int, Tensor, Tensor, Plan]]] = field(default_factory=dict)
     _maps: dict[int, Tensor] = field(default_factory=dict)
@@ -96,15 +96,30 @@ class Oracle:
         left = self._seen[max(self._seen)]
         return Expected(first, left, torch.stack(text, dim=1))
 
-    def _mask(self, layer: int, width: int) -> Tensor:
-        """`(batch, 1, width, width)` of a layer, added to its logits."""
+    @torch.no_grad()
+    def logits(self, inputs: Mapping[str, Any], text: Tensor) -> Tensor:
+        """`(batch, steps, vocabulary)` logits, by which `(batch, steps)` ids of a text are said."""
+        steps, now = text.shape[1], dict(inputs)
+        self.expected(now, 1)  # which decides what is dropped
+        for token in text[:, :-1].T:
+            now |= _longer(now, token)
+        with self._told(now["input_ids"].shape[1]):
+            logits: Tensor = self.model(**now, use_cache=False).logits[:, -steps:]
+        return logits
+
+    def seen_by_the_last(self, layer: int, prompt: int, column: Tensor) -> Tensor:
+        """`(slots,)` attention of a prompt's last token to some columns in a layer, head mean."""
+        return self._maps[layer][prompt].float().mean(0)[-1, column]
+
+    def _mask(self, layer: int, width: int, like: Tensor) -> Tensor:
+        """`(batch, 1, width, width)` of a layer, added to its logits, which are `like` this."""
         seen = self._seen[max(start for start in self._seen if start <= layer)]
         more = seen.new_ones(len(seen), width - seen.shape[1])
         columns = torch.cat([seen, more], dim=1)[:, None, None, :]
-        causal = torch.ones(width, width, dtype=torch.bool).tril()
+        causal = seen.new_ones(width, width).tril()
         # Who sees nothing else sees itself, so that nothing is NaN.
-        shown = (causal & columns) | torch.eye(width, dtype=torch.bool)
-        return torch.zeros(shown.shape).masked_fill(~shown, LOWEST)
+        shown = (causal & columns) | torch.eye(width, dtype=torch.bool, device=seen.device)
+        return like.new_zeros(shown.shape).masked_fill(~shown, torch.finfo(like.dtype).min)
 
     def _cut(self, layer: int, hidden: Tensor) -> Tensor:
         """`hidden` with merged tokens at their anchors; decides in the first pass."""
@@ -117,10 +132,10 @@ class Oracle:
             for number, (prompts, columns) in enumerate(self.rows):
                 there = seen[prompts, columns]
                 if self.patches is not None:
-                    there = there & (self.patches[number] >= 0)
+                    there = there & (self.patches[number] >= 0).to(there.device)
                 prompt, column = int(prompts[0]), columns[there]
                 plan = self._plan(cut, number, hidden[prompt, column], prompt, column)
-                anchors = column[plan.anchors[0]]
+                anchors = column[(plan.anchors[0] + self.shift) % len(column)]
                 seen[prompt, column] = False
                 seen[prompt, anchors] = True
                 self._made[layer].append((prompt, column, anchors, plan))
@@ -133,9 +148,9 @@ class Oracle:
 
     def _plan(self, cut: Cut, number: int, x: Tensor, prompt: int, column: Tensor) -> Plan:
         if cut.strategy is None:
-            weights = self._maps[cut.layer - 1][prompt].mean(0)[-1, column]
+            weights = self.seen_by_the_last(cut.layer - 1, prompt, column)
             kept = weights.topk(min(cut.keep, len(column))).indices
-            keep = torch.zeros(1, len(column), dtype=torch.bool).index_fill(1, kept, True)
+            keep = column.new_zeros(1, len(column)).bool().index_fill(1, kept, True)
             return Plan.select(keep)
         tokens = VisualTokens.of(x[None], sizes=self._sizes.get(number))
         reduction = cut.strategy(tokens, Signals())
@@ -158,7 +173,7 @@ class Oracle:
 
         def before(llm: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             kwargs["inputs_embeds"] = self._cut(0, kwargs["inputs_embeds"])
-            kwargs["attention_mask"] = self._mask(0, width)
+            kwargs["attention_mask"] = self._mask(0, width, kwargs["inputs_embeds"])
             stack = kwargs.get("deepstack_visual_embeds")
             if stack is not None:
                 visual = kwargs["visual_pos_masks"]
@@ -180,7 +195,7 @@ class Oracle:
         def before(layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             hidden = self._cut(number, hidden) if number else hidden
-            kwargs["attention_mask"] = self._mask(number, width)
+            kwargs["attention_mask"] = self._mask(number, width, hidden)
             if args:
                 return (hidden, *args[1:]), kwargs
             return args, kwargs | {"hidden_states": hidden}
