@@ -15,15 +15,27 @@ if TYPE_CHECKING:
 
 
 def _clip() -> TowerAdapter:
-    from .hf.clip_tower import ClipTowerAdapter
+    from .hf.encoder_tower import ClipTowerAdapter
 
     return ClipTowerAdapter()
 
 
 def _siglip() -> TowerAdapter:
-    from .hf.clip_tower import SiglipTowerAdapter
+    from .hf.encoder_tower import SiglipTowerAdapter
 
     return SiglipTowerAdapter()
+
+
+def _siglip2() -> TowerAdapter:
+    from .hf.encoder_tower import Siglip2TowerAdapter
+
+    return Siglip2TowerAdapter()
+
+
+def _dinov2() -> TowerAdapter:
+    from .hf.encoder_tower import Dinov2TowerAdapter
+
+    return Dinov2TowerAdapter()
 
 
 def _llava() -> ModelAdapter:
@@ -106,6 +118,22 @@ def tokenprune_towers() -> Iterable[TowerPlugin]:
         "SigLIP vision towers of transformers: attention received, pooling head, keys; no [CLS]",
         _siglip,
         ("transformers.models.siglip.modeling_siglip.SiglipVisionModel",),
+    )
+    yield TowerPlugin(
+        "hf-siglip2",
+        "SigLIP2 towers of transformers with patches in a row; pictures of one shape",
+        _siglip2,
+        ("transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel",),
+    )
+    yield TowerPlugin(
+        "hf-dinov2",
+        "DINOv2 of transformers, with and without registers: [CLS] rows, attention received, keys",
+        _dinov2,
+        (
+            "transformers.models.dinov2.modeling_dinov2.Dinov2Model",
+            "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers."
+            "Dinov2WithRegistersModel",
+        ),
     )
     yield TowerPlugin(
         "open-clip",

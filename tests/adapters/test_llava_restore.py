@@ -20,7 +20,7 @@ import tokenprune
 from support.llava import Row, collate, generate, picture, prompts, pruned, spec, tiny_llava
 from support.oracle import greedy_batch
 from tokenprune import AttachError, Removable
-from tokenprune_adapters.hf.clip_tower import ClipTowerAdapter
+from tokenprune_adapters.hf.encoder_tower import ClipTowerAdapter
 
 from .conftest import MakeLlava, leftovers
 

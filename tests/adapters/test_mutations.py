@@ -16,7 +16,7 @@ import tokenprune
 from support.flash import flash_attention
 from support.llava import Row, collate, generate, picture, prompts, pruned, spec
 from support.oracle import compressed_embeddings, greedy_batch, hidden_states, loss
-from tokenprune_adapters.hf import clip_tower
+from tokenprune_adapters.hf import encoder_tower
 from tokenprune_adapters.hf.llm import layer_hooks, segment, short_prompt
 from tokenprune_adapters.hf.llm.cache_layers import ShortenedDynamicLayer
 from tokenprune_adapters.kit import prompt_layout, tower_reading
@@ -221,8 +221,8 @@ def first_patch_taken_for_cls(patch: Patch) -> None:
     def query(self: Any, projection: Any, args: Any, output: Tensor) -> None:
         hook(self, projection, args, output[:, 1:2])
 
-    hook = clip_tower._LayerTap.query
-    patch.setattr(clip_tower._LayerTap, "query", query)
+    hook = encoder_tower._LayerTap.query
+    patch.setattr(encoder_tower._LayerTap, "query", query)
 
 
 def layers_up_to_the_end_of_the_tower(patch: Patch) -> None:

@@ -6,9 +6,20 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
+from einops import rearrange
 from torch import Tensor, nn
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from support import llava_next, oracle
 from support.llava import BOS, Row, collate, generate, picture, prompts, tiny_llava
@@ -20,8 +31,11 @@ from tokenprune import (
     Keys,
     Placement,
     Signal,
+    UnsupportedError,
+    observe,
 )
 from tokenprune.testing import ModelCase, Prompt, TowerCase, parametrize_with_checks
+from tokenprune_adapters.kit.peaked_weights import peaked
 
 
 def pictures() -> dict[str, Any]:
@@ -46,6 +60,42 @@ def siglip() -> nn.Module:
         return SiglipVisionModel(config).eval()
 
 
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "patch_size": 8,
+}
+
+
+def dinov2(registers: int) -> nn.Module:
+    more = TINY | {"image_size": 32, "num_register_tokens": registers}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if registers:
+            return peaked(Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**more)))
+        return peaked(Dinov2Model(Dinov2Config(**more)))
+
+
+def siglip2() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return peaked(Siglip2VisionModel(Siglip2VisionConfig(**TINY, num_patches=16)))
+
+
+def patches_in_a_row(shape: tuple[int, int] = (4, 4)) -> dict[str, Any]:
+    whole = torch.stack([picture(n) for n in range(3)])
+    rows = rearrange(whole, "b c (h high) (w wide) -> b (h w) (c high wide)", high=8, wide=8)
+    mask = torch.ones(3, 16, dtype=torch.int32)
+    mask[0, shape[0] * shape[1] :] = 0
+    return {
+        "pixel_values": rows,
+        "pixel_attention_mask": mask,
+        "spatial_shapes": torch.tensor([shape, (4, 4), (4, 4)]),
+    }
+
+
 def states(tower: nn.Module, inputs: dict[str, Any], layer: int) -> Tensor:
     """What enters a block (with padding tokens such as [CLS]), by transformers' own output."""
     hidden: Tensor = tower(**inputs, output_hidden_states=True).hidden_states[layer]
@@ -54,12 +104,17 @@ def states(tower: nn.Module, inputs: dict[str, Any], layer: int) -> Tensor:
 
 def of_tower(prefix: int, tower: Any, inputs: dict[str, Any], signal: Signal) -> Tensor:
     """Signals from full attention maps and from hidden states, without hooks."""
-    layers = getattr(tower, "vision_model", tower).encoder.layers
+    encoder = getattr(tower, "vision_model", tower).encoder
     if isinstance(signal, Keys):
-        block = layers[signal.layer]
-        x = block.layer_norm1(states(tower, inputs, signal.layer - 1))
-        keys = block.self_attn.k_proj(x)[:, prefix:]
-        return keys.unflatten(2, (block.self_attn.num_heads, -1)).transpose(1, 2)
+        block = (encoder.layer if hasattr(encoder, "layer") else encoder.layers)[signal.layer]
+        norm, attention = (
+            (block.norm1, block.attention)
+            if hasattr(block, "norm1")
+            else (block.layer_norm1, block.self_attn)
+        )
+        x = norm(states(tower, inputs, signal.layer - 1))
+        keys = attention.k_proj(x)[:, prefix:]
+        return keys.unflatten(2, (4, -1)).transpose(1, 2)
     assert isinstance(signal, (ClsAttention, JointClsAttention))
     before = tower.config._attn_implementation
     tower.set_attn_implementation("eager")
@@ -93,6 +148,34 @@ def towers() -> Iterable[TowerCase]:
         features=lambda tower, inputs: states(tower, inputs, -1),
         oracle=partial(of_tower, 0),
     )
+
+    for registers in (0, 3):
+        yield TowerCase(
+            f"DINOv2 with {registers} registers",
+            partial(dinov2, registers),
+            pictures,
+            [ClsAttention(2), ClsAttention((-1, -4)), JointClsAttention((-1, -4)), Keys(-2)],
+            features=lambda tower, inputs, n=registers: states(tower, inputs, -2)[:, 1 + n :],
+            oracle=partial(of_tower, 1 + registers),
+        )
+    yield TowerCase(
+        "SigLIP2",
+        siglip2,
+        patches_in_a_row,
+        [Keys(-1), Keys(-2)],
+        feature_layer=-1,
+        features=lambda tower, inputs: states(tower, inputs, -1),
+        oracle=partial(of_tower, 0),
+    )
+
+
+def test_padded_pictures_of_siglip2_are_refused() -> None:
+    tower = siglip2()
+    with (
+        observe(tower, [Keys(-1)]),
+        pytest.raises(UnsupportedError, match="fewer patches than oth"),
+    ):
+        tower(**patches_in_a_row((2, 4)))
 
 
 def llava_prompts() -> list[Prompt]:

@@ -49,6 +49,7 @@ def test_every_class_is_compared_at_every_place(found: Examination) -> None:
     llms = {
         "LlavaForConditionalGeneration (CLIP)",
         "LlavaForConditionalGeneration (SigLIP)",
+        "LlavaForConditionalGeneration (DINOv2)",
         "LlavaForConditionalGeneration (Pixtral)",
         "LlavaNextForConditionalGeneration",
         "VideoLlavaForConditionalGeneration",

@@ -98,6 +98,11 @@ def feature_layer(config: Any) -> int:
     return int(layer) if layer < 0 else int(layer) - 1
 
 
+def aspect_ratio(config: Any) -> str:
+    """How many crops a grid of tiles may hold before it shrinks, by the config of a model."""
+    return str(config.vision_aspect_ratio)
+
+
 def attention_of(llm: nn.Module) -> str:
     """Name of the attention implementation that a language model is set to."""
     config: Any = llm.config

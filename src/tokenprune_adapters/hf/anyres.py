@@ -17,6 +17,7 @@ from torch import Tensor
 from tokenprune.kept_patches import Origin
 
 from ..kit.budget_rows import BudgetRows
+from .anatomy import aspect_ratio
 
 NEWLINE = -1
 
@@ -90,7 +91,7 @@ class Packing:
 
 
 def packed_by_grid(
-    core: Any, sizes: Tensor, whole: Sequence[bool], side: int, **options: Any
+    core: Any, sizes: Tensor, whole: Sequence[bool], side: int, aspect: str | None
 ) -> list[Tensor]:
     """Crop and patch of every packed token, of a model that may shrink the grid of its tiles.
 
@@ -102,7 +103,8 @@ def packed_by_grid(
         sizes: `(images, 2)` height and width.
         whole: for each image, whether it has no tiles.
         side: patches a side of a crop.
-        options: more arguments of `pack_image_features`.
+        aspect: how many crops the grid may hold before it shrinks, as ``"anyres_max_9"``; None for
+            what is configured.
 
     Returns:
         For each image `(packed,)` int64: crop times patches of a crop plus patch, or -1 for a
@@ -114,8 +116,8 @@ def packed_by_grid(
     packed, _ = core.pack_image_features(
         [_places(grid, side) for grid in grids],
         sizes,
-        image_newline=torch.full((2,), float(NEWLINE), device="cpu"),
-        **options,
+        torch.full((2,), float(NEWLINE), device="cpu"),
+        aspect_ratio(core.config) if aspect is None else aspect,
     )
     return [_patches(each, across, side) for each, (_, across) in zip(packed, grids, strict=True)]
 

@@ -131,8 +131,7 @@ def _packed_grid(encoded: Encoded) -> Sequence[Tensor]:
     pictures = [1] * len(sizes) if counts is None else counts.tolist()
     whole = [count > 1 for count in pictures for _ in range(count)]
     side = math.isqrt(patches_per_crop(core.config))
-    aspect = core.config.vision_aspect_ratio if aspect is None else aspect
-    return packed_by_grid(core, sizes, whole, side, vision_aspect_ratio=aspect)
+    return packed_by_grid(core, sizes, whole, side, aspect)
 
 
 def _sizes(encoded: Encoded) -> Tensor:

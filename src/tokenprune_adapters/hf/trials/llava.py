@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,15 +35,15 @@ class LlavaPictures(Pictures):
         return {"pixel_values": self.pixels}
 
 
-def _build(siglip: bool) -> nn.Module:
+def _build(kind: str) -> nn.Module:
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(
-        vision_config=vision_config(siglip),
+        vision_config=vision_config(kind),
         text_config=text_config(),
         image_token_id=IMAGE,
         vision_feature_layer=-2,
-        vision_feature_select_strategy="full" if siglip else "default",
+        vision_feature_select_strategy="full" if kind == "SiglipVision" else "default",
     )
     config.image_seq_length = patches_per_crop(config)
     return tiny(LlavaForConditionalGeneration(config))
@@ -50,11 +51,12 @@ def _build(siglip: bool) -> nn.Module:
 
 def trials() -> Iterable[Trial]:
     """With each tower."""
-    for tower in ("CLIP", "SigLIP"):
+    towers = {"CLIP": "CLIPVision", "SigLIP": "SiglipVision", "DINOv2": "Dinov2"}
+    for tower, kind in towers.items():
         yield Trial(
             f"LlavaForConditionalGeneration ({tower})",
             "transformers",
-            lambda tower=tower: _build(tower == "SigLIP"),  # type: ignore[misc]
+            partial(_build, kind),
             _questions,
         )
     yield pixtral_trial()

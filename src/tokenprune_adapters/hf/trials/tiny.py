@@ -12,11 +12,11 @@ IMAGE, VIDEO = 99, 98
 """Placeholders, the last ids of the vocabulary."""
 
 
-def vision_config(siglip: bool = False) -> Any:
-    """Vision tower of four layers and 16 patches."""
-    from transformers import CLIPVisionConfig, SiglipVisionConfig
+def vision_config(kind: str = "CLIPVision") -> Any:
+    """Vision tower of four layers and 16 patches, of the config class that starts with `kind`."""
+    import transformers
 
-    return (SiglipVisionConfig if siglip else CLIPVisionConfig)(
+    return getattr(transformers, f"{kind}Config")(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=4,

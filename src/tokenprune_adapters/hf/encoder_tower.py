@@ -1,4 +1,4 @@
-"""CLIP-like vision towers of transformers (CLIP, SigLIP): signals by hooks on q_proj and k_proj."""
+"""Vision towers of transformers (CLIP, SigLIP, DINOv2): signals by hooks on q_proj and k_proj."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenprune.adapter import TowerAdapter
-from tokenprune.errors import AttachError
+from tokenprune.errors import AttachError, UnsupportedError
 from tokenprune.hooks import NotCopyable, Removable
 from tokenprune.observation import Observation
 from tokenprune.signals import (
@@ -26,18 +26,21 @@ from tokenprune.signals import (
 
 from ..kit.query_key_maps import QueryKeyMaps
 from ..kit.tower_reading import TowerReading, read_block
+from .anatomy import part
 from .names import calls_of
 
 
-@dataclass(frozen=True)
 class _EncoderTower(TowerAdapter):
-    """A tower with `encoder.layers`, each with `self_attn.q_proj` and `k_proj`."""
+    """A tower with an encoder of blocks, whose attention has `q_proj` and `k_proj`."""
 
-    prefix: int = 0
+    def prefix(self, tower: nn.Module) -> int:
+        """Number of tokens in front of the patches."""
+        return 0
 
     def provides(self, tower: nn.Module) -> frozenset[type[Signal]]:
         common: frozenset[type[Signal]] = frozenset({Keys, ReceivedAttention, GivenAttention})
-        cls: set[type[Signal]] = {ClsAttention, JointClsAttention} if self.prefix else set()
+        has_cls = self.prefix(tower) > 0
+        cls: set[type[Signal]] = {ClsAttention, JointClsAttention} if has_cls else set()
         pool: set[type[Signal]] = {PoolAttention} if _pool(tower) is not None else set()
         return common | cls | pool
 
@@ -48,22 +51,54 @@ class _EncoderTower(TowerAdapter):
         observation: Observation,
         feature_layer: int,
     ) -> Iterator[Removable]:
-        return _Taps(tower, signals, observation, feature_layer, self.prefix).install()
+        return _Taps(tower, signals, observation, feature_layer, self.prefix(tower)).install()
 
 
 class ClipTowerAdapter(_EncoderTower):
     """`CLIPVisionModel`: one [CLS] token, then the patches."""
 
-    def __init__(self) -> None:
-        super().__init__(prefix=1)
+    def prefix(self, tower: nn.Module) -> int:
+        return 1
 
 
 class SiglipTowerAdapter(_EncoderTower):
     """`SiglipVisionModel`: patches only, so there is no [CLS] row, but its pooling head has one."""
 
 
+class Siglip2TowerAdapter(SiglipTowerAdapter):
+    """`Siglip2VisionModel`: the same on patches in a row, for pictures that fill all of them."""
+
+    def install(
+        self,
+        tower: nn.Module,
+        signals: frozenset[Signal],
+        observation: Observation,
+        feature_layer: int,
+    ) -> Iterator[Removable]:
+        yield tower.register_forward_pre_hook(_refuse_padding, with_kwargs=True)
+        yield from super().install(tower, signals, observation, feature_layer)
+
+
+class Dinov2TowerAdapter(_EncoderTower):
+    """`Dinov2Model`, `Dinov2WithRegistersModel`: [CLS], registers, then the patches."""
+
+    def prefix(self, tower: nn.Module) -> int:
+        config: Any = tower.config
+        return 1 + getattr(config, "num_register_tokens", 0)
+
+
+def _refuse_padding(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Attention is read of all patches, of which padded pictures hold some that are not there."""
+    mask = calls_of(tower)(args, kwargs).pixel_mask
+    if mask is not None and not bool(mask.all()):
+        raise UnsupportedError(
+            "pictures with fewer patches than others of the batch are not read; give pictures of "
+            "one shape, one at a time, or max_num_patches that all of them fill"
+        )
+
+
 def _inner(tower: nn.Module) -> Any:
-    """What has the layers."""
+    """What has the encoder."""
     return getattr(tower, "vision_model", tower)
 
 
@@ -87,7 +122,7 @@ class _Taps(NotCopyable):
     ) -> None:
         self.tower = tower
         self.calls = calls_of(tower)
-        self.layers: Any = _inner(tower).encoder.layers
+        self.layers = part(_inner(tower), "blocks", "encoder.layers", "encoder.layer")
         self.observation = observation
         self.prefix = prefix
         self.reading = TowerReading(signals, observation, feature_layer, len(self.layers))
@@ -96,9 +131,10 @@ class _Taps(NotCopyable):
     def install(self) -> Iterator[Removable]:
         yield self.tower.register_forward_pre_hook(self.begin, with_kwargs=True)
         for number, kinds in self.reading.kinds().items():
-            block = self.layers[number].self_attn
+            block = part(self.layers[number], "attention", "self_attn", "attention")
             self.tapped.append((block, block.q_proj, block.k_proj))
-            tap = _LayerTap(self, number, block.num_heads, frozenset(kinds))
+            heads = part(block, "number of heads", "num_heads", "num_attention_heads")
+            tap = _LayerTap(self, number, heads, frozenset(kinds))
             yield block.q_proj.register_forward_hook(tap.query)
             yield block.k_proj.register_forward_hook(tap.key)
         yield self.layers[self.reading.feature_layer].register_forward_hook(self.features)
