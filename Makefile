@@ -22,7 +22,7 @@ APART := $(addprefix --ignore=,tests/benchmarks tests/integrations \
   $(addprefix src/tokenprune_adapters/,lmms_eval/llava_hf.py lmms_eval/video_llava.py vllm/llava.py))
 
 .PRECIOUS: .venv-%/.ready .venv-transformers-%/.ready
-.PHONY: demo test lint types unit locked docs serve matrix canary lock changelog fuzz mutants bench \
+.PHONY: demo test lint types unit families locked docs serve matrix canary lock changelog fuzz mutants bench \
   train results tables pictures clean help
 
 help:  ## this list
@@ -45,6 +45,9 @@ types: $(READY)  ## mypy, strict
 
 unit: $(READY)  ## tests and doctests
 	TOKENPRUNE_LOCK=$(LOCK) $(PYTEST) tests src --doctest-modules $(APART) --durations=10
+
+families: $(READY)  ## tests of every family of models alone: contract, signals, commands, doctor
+	$(PYTEST) tests/families tests/doctor
 
 docs: $(READY)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -14,7 +14,7 @@ from tokenprune.cli.catalogue import differences, markdown
 from tokenprune.plugins import Registry, registry
 from tokenprune.versions import LIBRARIES, Library, library
 from tokenprune_adapters.hf.families import FAMILIES
-from tokenprune_adapters.hf.tower_attention import given_by
+from tokenprune_adapters.hf.family import facts_of
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "reference"
@@ -64,15 +64,19 @@ def first(known: Registry) -> str:
 
 def families() -> str:
     """The families that are described by data, in Markdown."""
-    rows = []
+    columns = [
+        "takes",
+        "positions before the LLM",
+        "signals of the tower",
+        "budgets are for a",
+        "transformers",
+    ]
+    rows = [f"| class | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for family in FAMILIES:
         names = ", ".join(f"`{each.rpartition('.')[2]}`" for each in family.classes)
-        kinds = " and ".join(f"{sight.kind}s" for sight in family.sights)
-        signals = ", ".join(sorted(each.__name__ for each in given_by(family.tower))) or "none"
-        since = ".".join(map(str, family.oldest)) if any(family.oldest) else "all"
-        rows.append(f"| {names} | {kinds} | `{family.positions}` | {signals} | {since} |")
-    head = "| class | takes | positions before the LLM | signals of the tower | transformers from |"
-    return "\n".join((head, "|---|---|---|---|---|", *rows))
+        facts = facts_of(family)
+        rows.append(f"| {names} | {' | '.join(facts[each] for each in columns)} |")
+    return "\n".join(rows)
 
 
 def versions() -> str:

@@ -92,6 +92,21 @@ def _family_trials(family: Family) -> Iterable[Trial]:
     return trials(family)
 
 
+def _llava_facts(takes: str, budgets: str) -> dict[str, str]:
+    return {
+        "takes": takes,
+        "placements": "before-llm (before the projector), after-layer",
+        "positions before the LLM": "reindexed",
+        "signals of the tower": "those that the adapter of its tower gives",
+        "budgets are for a": budgets,
+        "transformers": "all",
+    }
+
+
+def _open_clip_facts() -> dict[str, str]:
+    return {"takes": "images", "placements": "after-layer", "budgets are for a": "picture"}
+
+
 def _open_clip_trials() -> Iterable[Trial]:
     from .open_clip.trial import trials
 
@@ -152,6 +167,7 @@ def tokenprune_models() -> Iterable[ModelPlugin]:
         _llava,
         ("transformers.models.llava.modeling_llava.LlavaForConditionalGeneration",),
         _llava_trials,
+        partial(_llava_facts, "images", "picture"),
     )
     yield ModelPlugin(
         "hf-llava-next",
@@ -159,6 +175,7 @@ def tokenprune_models() -> Iterable[ModelPlugin]:
         _llava_next,
         ("transformers.models.llava_next.modeling_llava_next.LlavaNextForConditionalGeneration",),
         _llava_next_trials,
+        partial(_llava_facts, "images", "picture, tile (per='crop')"),
     )
     yield ModelPlugin(
         "hf-video-llava",
@@ -169,6 +186,7 @@ def tokenprune_models() -> Iterable[ModelPlugin]:
             "VideoLlavaForConditionalGeneration",
         ),
         _video_llava_trials,
+        partial(_llava_facts, "images and videos", "picture, video, frame (per='frame')"),
     )
     from .hf.families import FAMILIES
     from .hf.family import family_plugin
@@ -181,4 +199,5 @@ def tokenprune_models() -> Iterable[ModelPlugin]:
         _open_clip_visual,
         _OPEN_CLIP,
         _open_clip_trials,
+        _open_clip_facts,
     )

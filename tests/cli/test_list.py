@@ -32,6 +32,20 @@ def test_every_offer_is_one_line(tokenprune: Command) -> None:
     assert any(line.startswith("  after-layer") for line in lines)
 
 
+def test_models_say_what_can_be_done_to_them(tokenprune: Command) -> None:
+    output = tokenprune("list", "--models").output
+    blocks = {block.partition("\n")[0]: block for block in output.split("\n\n")}
+    for offer in registry().models:
+        names = ", ".join(claim.rpartition(".")[2] for claim in offer.plugin.claims)
+        assert f"{offer.plugin.name}: {offer.plugin.summary}" in blocks[names]
+        assert ("placements" in blocks[names]) == (offer.plugin.facts is not None)
+    lines = blocks["Qwen2_5_VLForConditionalGeneration"].splitlines()
+    facts = {name.strip(): fact for name, _, fact in (x.strip().partition("  ") for x in lines)}
+    assert facts["positions before the LLM"].strip() == "original"
+    assert "ReceivedAttention" in facts["signals of the tower"]
+    assert "tile (per='crop')" in blocks["InternVLForConditionalGeneration"]
+
+
 def test_a_line_says_what_is_needed(tokenprune: Command) -> None:
     output = tokenprune("list").output
     assert "; reads ClsAttention  [tokenprune]" in output

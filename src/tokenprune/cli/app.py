@@ -40,15 +40,20 @@ def list_command(
     recipes: Annotated[
         bool, typer.Option("--recipes", help="Papers, specs, and where we differ from them.")
     ] = False,
+    models: Annotated[
+        bool, typer.Option("--models", help="Classes: placements, signals, positions, budgets.")
+    ] = False,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="The strategies as a table for documentation.")
     ] = False,
 ) -> None:
     """Show every scorer, reducer, placement, recipe and adapter that is installed."""
-    from .listing import show_markdown, show_offers, show_recipes
+    from .listing import show_markdown, show_models, show_offers, show_recipes
 
     if recipes:
         show_recipes()
+    elif models:
+        show_models()
     elif markdown:
         show_markdown()
     else:

@@ -57,6 +57,21 @@ def show_recipes() -> None:
         out.print()
 
 
+def show_models() -> None:
+    """Print each class that has an adapter, with what can be done to models of it."""
+    out = console()
+    for offer in registry().models:
+        plugin = offer.plugin
+        names = ", ".join(claim.rpartition(".")[2] for claim in plugin.claims)
+        out.print(names, style="bold", markup=False, soft_wrap=True)
+        facts = {"adapter": f"{plugin.name}: {plugin.summary}  [{offer.origin}]"}
+        facts |= {} if plugin.facts is None else plugin.facts()
+        width = max(map(len, facts))
+        for heading, fact in facts.items():
+            out.print(f"  {heading:<{width}}  {fact}", markup=False, soft_wrap=True)
+        out.print()
+
+
 def show_markdown() -> None:
     """Print the table that the documentation shows."""
     console().print(markdown(registry()), markup=False, soft_wrap=True)

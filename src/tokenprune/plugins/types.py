@@ -81,11 +81,14 @@ class ModelPlugin(Plugin):
         claims: full names of classes, matched against the MRO of a model, nearest class first.
         trials: function that makes tiny models for `tokenprune doctor`; must import no model
             library itself. All of them can question any model that is claimed.
+        facts: function that gives what models of the classes can do, by heading, for
+            ``tokenprune list --models``: such as placements, signals, versions.
     """
 
     factory: Callable[[], ModelAdapter]
     claims: tuple[str, ...]
     trials: Callable[[], Iterable[Trial]] | None = None
+    facts: Callable[[], Mapping[str, str]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -181,13 +181,27 @@ def family_plugin(
         family: the family.
         trials: function that gives tiny models for `tokenprune doctor`.
     """
-    offers = [f"positions before the LLM {family.positions}"]
-    if family.tower is not None:
-        offers.insert(0, "attention of the tower")
-    if any(family.oldest):
-        offers.append(f"transformers {'.'.join(map(str, family.oldest))} or newer")
-    summary = f"{family.summary}; {', '.join(offers)}"
-    return ModelPlugin(family.name, summary, partial(_adapter, family), family.classes, trials)
+    made, told = partial(_adapter, family), partial(facts_of, family)
+    return ModelPlugin(family.name, family.summary, made, family.classes, trials, told)
+
+
+def facts_of(family: Family) -> dict[str, str]:
+    """What models of a family can do, by heading."""
+    from .tower_attention import given_by
+
+    signals = sorted(each.__name__ for each in given_by(family.tower))
+    budgets = ["tile (per='crop')" if family.tiles else "picture"]
+    if any(sight.kind == "video" for sight in family.sights):
+        budgets += ["video", "frame before the LLM (per='frame')"]
+    since = ".".join(map(str, family.oldest)) + " or newer" if any(family.oldest) else "all"
+    return {
+        "takes": " and ".join(f"{sight.kind}s" for sight in family.sights),
+        "placements": "before-llm, after-layer",
+        "positions before the LLM": family.positions,
+        "signals of the tower": ", ".join(signals) or "none",
+        "budgets are for a": ", ".join(budgets),
+        "transformers": since,
+    }
 
 
 def _adapter(family: Family) -> ModelAdapter:
