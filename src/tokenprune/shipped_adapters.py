@@ -35,8 +35,8 @@ def feature_layer(config: Any) -> int:
 
     Where a config does not say, it is the last block.
     """
-    from tokenprune_adapters.hf.anatomy import feature_layer
+    from tokenprune_adapters.hf.anatomy import configured_layer
 
     vision = config.vision_config
     blocks: int = getattr(vision, "num_hidden_layers", None) or vision.depth
-    return (feature_layer(config) if hasattr(config, "vision_feature_layer") else -1) % blocks
+    return configured_layer(config, -1) % blocks

@@ -162,6 +162,60 @@ def test_signals_are_those_of_the_eager_map(name: str, monkeypatch: Any) -> None
             assert seen.lengths[row] == tokens.shape[1]
 
 
+@pytest.mark.parametrize(("name", "prefix"), [("llava-onevision", 0), ("llava-next-video", 1)])
+def test_packed_tiles_and_pooled_frames_have_the_signals_of_their_patches(
+    name: str, prefix: int, monkeypatch: Any
+) -> None:
+    """Newlines have none; a pooled token has the mean of its square."""
+    if name not in NAMED:
+        pytest.skip("this transformers has another LLaVA-NeXT-Video")
+    tiny = NAMED[name]
+    plain, inputs = tiny.make("eager"), collate(tiny, tiny.rows)
+    tower: Any = plain.model.vision_tower
+    blocks = getattr(tower, "vision_model", tower).encoder.layers
+    with torch.no_grad():
+        found = maps(plain, blocks, lambda: plain(**inputs), monkeypatch)[-1 if not prefix else -2]
+    kinds = [ReceivedAttention(1), GivenAttention(1)] + ([ClsAttention(1)] if prefix else [])
+    Seen.seen.clear()
+    model = tiny.make("sdpa")
+    with (
+        torch.no_grad(),
+        tokenprune.attach(model, Strategy(Seen(*kinds), Evict(4)).at(BeforeLLM())),
+    ):
+        model(**inputs)
+    assert tiny.patch is not None
+    first, second, _ = (patches[patches >= 0] for patches in tiny.patch({}))
+    frames = [[f * 16 + patch for patch in group] for f in range(3) for group in squares(4, 2)]
+    members = [
+        (0, 0, first[:, None]),
+        (0, 1, second[:, None] + 3 * 16),  # three crops of the first come before it
+        (1, 0, torch.tensor(frames)),
+    ]
+    for call, row, groups in members:
+        seen, signals = Seen.seen[call]
+        whole = found[call][:, :, prefix:, prefix:]
+        of_patches = {
+            ReceivedAttention(1): whole.mean(2),
+            GivenAttention(1): whole.mean(3),
+        }
+        if prefix:
+            of_patches[ClsAttention(1)] = found[call][:, :, 0, prefix:]
+        assert seen.lengths[row] == len(groups)
+        for kind in kinds:
+            wanted = of_patches[kind].transpose(0, 1).flatten(1)[:, groups].mean(-1)
+            got = signals[kind][row, 0, :, : len(groups)]
+            torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llava-onevision", "vipllava"])
+def test_another_tower_than_described_is_refused(name: str) -> None:
+    model = NAMED[name].make("sdpa")
+    model.config.vision_config.model_type = "dinov2"
+    with pytest.raises(UnsupportedError, match="of a tower of the type .*, got dinov2; rank by"):
+        tokenprune.attach(model, "received-attention | evict(4)")
+    tokenprune.attach(model, "diverse(4)").detach()
+
+
 @pytest.mark.parametrize(
     ("name", "path", "query", "key", "groups"),
     [

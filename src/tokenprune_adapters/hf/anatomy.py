@@ -98,6 +98,11 @@ def feature_layer(config: Any) -> int:
     return int(layer) if layer < 0 else int(layer) - 1
 
 
+def configured_layer(config: Any, otherwise: int) -> int:
+    """As `feature_layer`, or another number where the config does not say."""
+    return feature_layer(config) if hasattr(config, "vision_feature_layer") else otherwise
+
+
 def aspect_ratio(config: Any) -> str:
     """How many crops a grid of tiles may hold before it shrinks, by the config of a model."""
     return str(config.vision_aspect_ratio)

@@ -92,8 +92,8 @@ class Packing:
 
 def packed_by_grid(
     core: Any, sizes: Tensor, whole: Sequence[bool], side: int, aspect: str | None
-) -> list[Tensor]:
-    """Crop and patch of every packed token, of a model that may shrink the grid of its tiles.
+) -> Packing:
+    """The packing of a model that may shrink the grid of its tiles.
 
     The packing is run on rows and columns of that grid, which shrink as features do. A token that
     is made of several patches counts as the one that is nearest to its middle.
@@ -105,10 +105,6 @@ def packed_by_grid(
         side: patches a side of a crop.
         aspect: how many crops the grid may hold before it shrinks, as ``"anyres_max_9"``; None for
             what is configured.
-
-    Returns:
-        For each image `(packed,)` int64: crop times patches of a crop plus patch, or -1 for a
-        newline.
     """
     grids = [
         (0, 0) if alone else _grid(core, size) for size, alone in zip(sizes, whole, strict=True)
@@ -119,7 +115,13 @@ def packed_by_grid(
         torch.full((2,), float(NEWLINE), device="cpu"),
         aspect_ratio(core.config) if aspect is None else aspect,
     )
-    return [_patches(each, across, side) for each, (_, across) in zip(packed, grids, strict=True)]
+    crops = tuple(1 + down * across for down, across in grids)
+    firsts = itertools.accumulate(crops, initial=0)
+    sources = [
+        _sources(each, first, across, side)
+        for each, first, (_, across) in zip(packed, firsts, grids)  # noqa: B905
+    ]
+    return Packing(tuple(sources), crops, side * side)
 
 
 def _places(grid: tuple[int, int], side: int) -> Tensor:
@@ -130,12 +132,19 @@ def _places(grid: tuple[int, int], side: int) -> Tensor:
     return torch.cat([one[None], tiles[:, None] + one]).float()
 
 
-def _patches(places: Tensor, across: int, side: int) -> Tensor:
-    """Crop times patches plus patch of each packed token, from `(packed, 2)` row and column."""
+def _sources(places: Tensor, first: int, across: int, side: int) -> Tensor:
+    """As `Packing.sources`, of an image whose crops begin at `first`.
+
+    Args:
+        places: `(packed, 2)` row and column of each packed token.
+        first: number of the base view.
+        across: tiles in width.
+        side: patches a side of a crop.
+    """
     row, column = places.round().long().T
     tile = row // side * across + column // side
     tile[: side * side] = -1  # the base view comes first
-    patch: Tensor = (tile + 1) * side * side + row % side * side + column % side
+    patch: Tensor = (first + 1 + tile) * side * side + row % side * side + column % side
     return patch.masked_fill(places[:, 0] < 0, NEWLINE)
 
 

@@ -73,10 +73,14 @@ def _merged_by_window(encoded: Encoded) -> Tensor:
 def squares(side: int, factor: int, pictures: int) -> Tensor:
     """`(tokens, members)`: the patches that squares of `factor` by `factor` are made of.
 
+    What is left over at the end of rows and columns belongs to none.
+
     >>> squares(4, 2, 1)[0]
     tensor([0, 1, 4, 5])
     """
-    grid = torch.arange(side * side).reshape(side // factor, factor, side // factor, factor)
+    whole = side // factor * factor
+    grid = torch.arange(side * side).reshape(side, side)[:whole, :whole]
+    grid = grid.reshape(side // factor, factor, side // factor, factor)
     one = grid.permute(0, 2, 1, 3).reshape(-1, factor * factor)
     return torch.cat([one + number * side * side for number in range(pictures)])
 
@@ -118,20 +122,56 @@ def _tile_pixels(encoded: Encoded) -> Tensor:
     return pixels[pixels.flatten(1).any(1)]
 
 
-def _packed_crops(encoded: Encoded) -> Sequence[Tensor]:
+def _packed_crops(encoded: Encoded) -> Packing:
     """LLaVA-NeXT-Video: base view, and rows of tiles that end in newlines."""
     core = encoded.core
-    return Packing.of(core, _sizes(encoded), patches_per_crop(core.config)).patches
+    return Packing.of(core, _sizes(encoded), patches_per_crop(core.config))
 
 
-def _packed_grid(encoded: Encoded) -> Sequence[Tensor]:
+def _packed_grid(encoded: Encoded) -> Packing:
     """LLaVA-OneVision: tiles may shrink, and one of several pictures of a prompt has none."""
-    core, call = encoded.core, encoded.call
-    sizes, counts, aspect = _sizes(encoded), call.pictures_of_prompts, call.aspect
+    core, counts = encoded.core, encoded.call.pictures_of_prompts
+    sizes = _sizes(encoded)
     pictures = [1] * len(sizes) if counts is None else counts.tolist()
     whole = [count > 1 for count in pictures for _ in range(count)]
-    side = math.isqrt(patches_per_crop(core.config))
-    return packed_by_grid(core, sizes, whole, side, aspect)
+    return packed_by_grid(core, sizes, whole, _side(core), encoded.call.aspect)
+
+
+def _side(core: Any) -> int:
+    """Patches a side of a crop."""
+    return math.isqrt(patches_per_crop(core.config))
+
+
+def _unpacked(packing: Packing) -> Tensor:
+    """`(slots, 1)`: the patch that each slot of packed pictures is; any, for a newline."""
+    return torch.cat(packing.sources).clamp(min=0)[:, None]
+
+
+def _pooled_by_halves(encoded: Encoded) -> Tensor:
+    """LLaVA-OneVision: frames have half their sides, each token is of up to four patches."""
+    if encoded.call.videos is None:
+        return _unpacked(_packed_grid(encoded))
+    side = _side(encoded.core)
+    middle = (torch.arange(-(-side // 2)) + 0.5) * side / -(-side // 2) - 0.5
+    near = torch.stack([middle.floor(), middle.ceil()], dim=1).long()  # of each row and column
+    cells = near[:, None, :, None] * side + near[None, :, None, :]
+    one, last = cells.reshape(-1, 4), torch.zeros(1, 4, dtype=torch.int64)
+    made, start = [], 0
+    for element in encoded.elements:
+        frames = (len(element) - 1) // len(one)
+        patches = torch.arange(start, start + frames)[:, None, None] * side * side
+        made += [(patches + one).flatten(0, 1), last]  # a newline is behind
+        start += frames
+    return torch.cat(made)
+
+
+def _pooled_by_squares(encoded: Encoded) -> Tensor:
+    """LLaVA-NeXT-Video: squares of each frame are pooled."""
+    if encoded.call.videos is None:
+        return _unpacked(_packed_crops(encoded))
+    side, stride = _side(encoded.core), encoded.core.config.spatial_pool_stride
+    frames = sum(map(len, encoded.elements)) // (side // stride) ** 2
+    return squares(side, stride, frames)
 
 
 def _sizes(encoded: Encoded) -> Tensor:
@@ -153,9 +193,15 @@ IMAGES = Sight("image", "get_image_features", Call.pictures)
 """Pictures that come as elements of the features, one for each row of pixels."""
 
 
-def _anyres(patches: Callable[[Encoded], Sequence[Tensor]]) -> Sight:
+def _anyres(packed: Callable[[Encoded], Packing]) -> Sight:
     """Pictures with a base view and tiles, packed by their sizes."""
-    return replace(IMAGES, needs=(Call.sizes,), patches=patches, crop=_crop)
+    return replace(
+        IMAGES, needs=(Call.sizes,), patches=lambda encoded: packed(encoded).patches, crop=_crop
+    )
+
+
+_LAYERS = ("vision_tower.encoder.layers", "vision_tower.vision_model.encoder.layers")
+"""Where CLIP and SigLIP keep their blocks, in newer and older releases."""
 
 
 def _qwen(also: tuple[Field[Any], ...] = ()) -> tuple[Sight, Sight]:
@@ -251,6 +297,7 @@ FAMILIES = (
                 frames=_frames,
             ),
         ),
+        tower=Tower(_LAYERS, _pooled_by_halves, kinds=("siglip_vision_model",)),
     ),
     Family(
         "hf-llava-next-video",
@@ -260,6 +307,7 @@ FAMILIES = (
             _anyres(_packed_crops),
             Sight("video", "get_video_features", Call.videos, frames=_frames),
         ),
+        tower=Tower(_LAYERS, _pooled_by_squares, prefix=1, layer=-2, kinds=("clip_vision_model",)),
         oldest=(5, 24),
     ),
     Family(
@@ -291,10 +339,11 @@ FAMILIES = (
         _hf("vipllava", "VipLlavaForConditionalGeneration"),
         (IMAGES,),
         tower=Tower(
-            ("vision_tower.encoder.layers", "vision_tower.vision_model.encoder.layers"),
+            _LAYERS,
             _one_by_one,
             prefix=1,
             layer=-2,
+            kinds=("clip_vision_model",),
         ),
     ),
     Family(

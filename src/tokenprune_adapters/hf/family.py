@@ -118,7 +118,8 @@ class Tower:
         fused: module that gives queries, keys and values in one, to be rotated, of pictures in a
             row (Qwen); then `query` and `key` are not looked at.
         prefix: number of tokens in front of the patches, [CLS] and registers.
-        layer: block that gives the features, Python style.
+        layer: block that gives the features, Python style, where the config does not say.
+        kinds: model types of towers that are so, where the family may have others; empty for any.
     """
 
     blocks: tuple[str, ...]
@@ -129,6 +130,7 @@ class Tower:
     fused: str = ""
     prefix: int = 0
     layer: int = -1
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from tokenprune.signals import (
 )
 
 from ..kit.tower_reading import answers, layers_of, read_block
-from .anatomy import part
+from .anatomy import configured_layer, part
 from .family import Encoded, Tower
 from .names import Hooked, calls_of
 
@@ -57,9 +57,16 @@ class ReadTower(NotCopyable):
 
     def __init__(self, core: Any, tower: Tower, signals: frozenset[Signal]) -> None:
         self.tower = tower
+        kind = core.config.vision_config.model_type
+        if tower.kinds and kind not in tower.kinds:
+            raise UnsupportedError(
+                f"attention of this model is read of a tower of the type {' or '.join(tower.kinds)}"
+                f", got {kind}; rank by features (diverse, similarity) or fastv"
+            )
         self.blocks = part(core, "blocks of the tower", *tower.blocks)
         count = len(self.blocks)
-        self.wanted = {each: layers_of(each, tower.layer % count, count) for each in signals}
+        last = configured_layer(core.config, tower.layer) % count
+        self.wanted = {each: layers_of(each, last, count) for each in signals}
         self._local = threading.local()
 
     def install(self) -> Iterator[Removable]:
