@@ -19,7 +19,7 @@ PYTEST := $(SINGLE) $(BIN)/python -m pytest -n $(JOBS)
 EXAMPLES := docs/examples/tokenprune-sharpness docs/examples/tokenprune-pocketvlm
 # What needs lmms-eval, Ray or vLLM is tested by test-eval, test-ray and test-vllm.
 APART := $(addprefix --ignore=,tests/benchmarks tests/integrations \
-  $(addprefix src/tokenprune_adapters/,lmms_eval/llava_hf.py lmms_eval/video_llava.py vllm/llava.py))
+  $(addprefix src/tokenprune_adapters/,lmms_eval/huggingface.py lmms_eval/llava_hf.py lmms_eval/video_llava.py vllm/llava.py))
 
 .PRECIOUS: .venv-%/.ready .venv-transformers-%/.ready
 .PHONY: demo test lint types unit families locked docs serve matrix canary lock changelog fuzz mutants bench \

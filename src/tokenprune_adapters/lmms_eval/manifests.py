@@ -21,6 +21,10 @@ def manifests() -> list[ModelManifest]:
             chat_class_path=f"{_HERE}.llava_hf.LlavaHfTokenpruneChat",
         ),
         ModelManifest(
+            "huggingface_tokenprune",
+            chat_class_path=f"{_HERE}.huggingface.HuggingfaceTokenprune",
+        ),
+        ModelManifest(
             "video_llava_tokenprune",
             simple_class_path=f"{_HERE}.video_llava.VideoLlavaTokenprune",
         ),

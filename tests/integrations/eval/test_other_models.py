@@ -1,4 +1,4 @@
-"""LLaVA-NeXT and Video-LLaVA in lmms-eval: tiny random models, against our own API."""
+"""LLaVA-NeXT, Video-LLaVA and families in lmms-eval: tiny random models, against our own API."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 
 import tokenprune
 from support import tiny_checkpoints
+from support.families import FAMILIES
+from support.family_checkpoints import saved
 from support.lmms_eval_command import Harness
 from tokenprune_adapters import pocket
 
@@ -56,6 +58,38 @@ def test_llava_next(harness: Harness, tmp_path: Path) -> None:
     assert ran.report["model"] == "LlavaNextForConditionalGeneration"
     assert ran.report["tokens_before"] == pruned.report.tokens_before
     assert ran.report["tokens_after"] == 6 * len(wanted)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "internvl", "llava-onevision", "idefics3"])
+def test_families(harness: Harness, tmp_path: Path, name: str) -> None:
+    """By lmms-eval's class for whatever transformers loads, in bfloat16 as it does."""
+    from tokenprune.loading import load
+
+    (tiny,) = (each for each in FAMILIES if each.name == name)
+    place = saved(tiny, tmp_path / name)
+    loaded = load(str(place), "cpu", "bfloat16")
+    spec = "diverse(0.25)"
+
+    def answers() -> list[str]:
+        found = []
+        for row in rows(harness, "pictures"):
+            inputs = loaded.inputs(row["picture"], loaded.text(row["question"]))
+            output = loaded.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+            new = output[0, inputs["input_ids"].shape[1] :]
+            found.append(loaded.processor.decode(new, skip_special_tokens=True).strip())
+        return found
+
+    with tokenprune.attach(loaded.model, spec) as pruned:
+        wanted = answers()
+    ran = harness.run(
+        "pocket", "huggingface_tokenprune", pretrained=place, prune=spec, report="report.json"
+    )
+    assert ran.code == 0, ran.words
+    assert ran.answers == wanted
+    assert len(set(wanted)) > 1
+    assert ran.report["model"] == type(loaded.model).__name__
+    assert ran.report["tokens_before"] == pruned.report.tokens_before
+    assert ran.report["tokens_after"] == pruned.report.tokens_after < pruned.report.tokens_before
 
 
 def test_video_llava(mended: Harness, tmp_path: Path) -> None:
