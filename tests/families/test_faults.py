@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import pytest
@@ -180,8 +181,9 @@ def frames_as_one_picture(patch: Patch) -> None:
     def fused(self: Any, module: Any, args: Any, output: Tensor) -> None:
         found = self.read.found
         if found is not None:
-            seams, rotary = found["call", self.number]
-            found["call", self.number] = seams[[0, -1]], rotary
+            call = found["call", self.number]
+            one = SimpleNamespace(seams=call.seams[[0, -1]], rotary=call.rotary)
+            found["call", self.number] = one
         original(self, module, args, output)
 
     patch.setattr(tower_attention._Tap, "fused", fused)

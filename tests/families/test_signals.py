@@ -207,6 +207,39 @@ def test_packed_tiles_and_pooled_frames_have_the_signals_of_their_patches(
             torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("name", "merged"), [("mistral3", 2), ("llava-pixtral", 1)])
+def test_pictures_of_any_size_in_one_row(name: str, merged: int, monkeypatch: Any) -> None:
+    """Eager maps of all pictures together, of which others than one's own are masked."""
+    tiny = NAMED[name]
+    plain, inputs = tiny.make("eager"), collate(tiny, tiny.rows)
+    blocks = plain.model.vision_tower.transformer.layers
+    with torch.no_grad():
+        ((whole,),) = maps(plain, blocks, lambda: plain(**inputs), monkeypatch)[-1:]
+    kinds = [ReceivedAttention(1), GivenAttention(1)]
+    Seen.seen.clear()
+    model = tiny.make("sdpa")
+    with (
+        torch.no_grad(),
+        tokenprune.attach(model, Strategy(Seen(*kinds), Evict(4)).at(BeforeLLM())),
+    ):
+        model(**inputs)
+    ((seen, signals),) = Seen.seen
+    first = 0
+    for row, (high, wide) in enumerate((inputs["image_sizes"] // 4).tolist()):
+        mine = whole[0, :, first : first + high * wide, first : first + high * wide]
+        torch.testing.assert_close(mine.sum(-1), torch.ones(mine.shape[:2]))  # all that it sees
+        first += high * wide
+        groups = [
+            [(top + y) * wide + left + x for y in range(merged) for x in range(merged)]
+            for top in range(0, high, merged)
+            for left in range(0, wide, merged)
+        ]
+        assert seen.lengths[row] == len(groups)
+        for kind, map_ in zip(kinds, (mine.mean(1), mine.mean(2)), strict=True):
+            got = signals[kind][row, 0, :, : len(groups)]
+            torch.testing.assert_close(got, map_[:, groups].mean(-1), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["llava-onevision", "vipllava"])
 def test_another_tower_than_described_is_refused(name: str) -> None:
     model = NAMED[name].make("sdpa")
@@ -264,10 +297,10 @@ def test_methods_that_read_keys_work_where_there_are_any(name: str, spec: str) -
     assert 0 < attachment.report.tokens_after < attachment.report.tokens_before
 
 
-def test_a_family_without_a_tower_to_read_says_what_works() -> None:
+def test_a_family_whose_tower_has_no_cls_says_what_works() -> None:
     model = NAMED["mistral3"].make("sdpa")
-    with pytest.raises(UnsupportedError, match="cannot supply ReceivedAttention.*that work here"):
-        tokenprune.attach(model, "received-attention | evict(4)")
+    with pytest.raises(UnsupportedError, match="cannot supply ClsAttention.*that work here"):
+        tokenprune.attach(model, "cls-attention | evict(4)")
 
 
 def test_positions_of_three_planes_cannot_be_counted_anew() -> None:

@@ -128,7 +128,7 @@ class Encoders(NotCopyable):
             return call()
         self._local.running = True
         if self.reader is not None:
-            self.reader.begin()
+            self.reader.begin(made)
         try:
             output = call()
         finally:

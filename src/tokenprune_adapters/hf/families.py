@@ -78,11 +78,16 @@ def squares(side: int, factor: int, pictures: int) -> Tensor:
     >>> squares(4, 2, 1)[0]
     tensor([0, 1, 4, 5])
     """
-    whole = side // factor * factor
-    grid = torch.arange(side * side).reshape(side, side)[:whole, :whole]
-    grid = grid.reshape(side // factor, factor, side // factor, factor)
-    one = grid.permute(0, 2, 1, 3).reshape(-1, factor * factor)
+    one = _squares_of(side, side, factor)
     return torch.cat([one + number * side * side for number in range(pictures)])
+
+
+def _squares_of(high: int, wide: int, factor: int) -> Tensor:
+    """As `squares`, of one picture with `high` rows of `wide` patches."""
+    down, across = high // factor, wide // factor
+    grid = torch.arange(high * wide).reshape(high, wide)[: down * factor, : across * factor]
+    grid = grid.reshape(down, factor, across, factor)
+    return grid.permute(0, 2, 1, 3).reshape(-1, factor * factor)
 
 
 def _shuffled(encoded: Encoded) -> Tensor:
@@ -178,6 +183,37 @@ def _sizes(encoded: Encoded) -> Tensor:
     return torch.as_tensor(encoded.call.sizes, device="cpu")
 
 
+def _grids(core: Any, call: Call) -> list[tuple[int, int]]:
+    """Pixtral: patches in height and width of each picture."""
+    patch = core.config.vision_config.patch_size
+    sizes = torch.as_tensor(call.sizes, device="cpu").tolist()
+    return [(high // patch, wide // patch) for high, wide in sizes]
+
+
+def _areas(core: Any, call: Call) -> list[int]:
+    """Pixtral: patches of each picture."""
+    return [high * wide for high, wide in _grids(core, call)]
+
+
+def _merged_of_any_size(encoded: Encoded) -> Tensor:
+    """Mistral3: squares of patches of each picture."""
+    factor, first, made = encoded.core.config.spatial_merge_size, 0, []
+    for high, wide in _grids(encoded.core, encoded.call):
+        made.append(first + _squares_of(high, wide, factor))
+        first += high * wide
+    return torch.cat(made)
+
+
+def _pixtral_tower(members: Callable[[Encoded], Tensor]) -> Tower:
+    return Tower(
+        ("vision_tower.transformer.layers",),
+        members,
+        attention="attention",
+        packed=_areas,
+        kinds=("pixtral",),
+    )
+
+
 def _crop(encoded: Encoded) -> int:
     return patches_per_crop(encoded.core.config)
 
@@ -233,7 +269,13 @@ def _qwen_tower(members: Any) -> Tower:
 PIXTRAL = "PixtralVisionModel"
 """Class of the tower with which a LLaVA model is a family of its own."""
 
-LLAVA_PIXTRAL = Family("hf-llava", "LLaVA of transformers with a Pixtral tower", (), (IMAGES,))
+LLAVA_PIXTRAL = Family(
+    "hf-llava",
+    "LLaVA of transformers with a Pixtral tower",
+    (),
+    (IMAGES,),
+    tower=_pixtral_tower(_one_by_one),
+)
 
 FAMILIES = (
     Family(
@@ -351,5 +393,6 @@ FAMILIES = (
         "Mistral3 of transformers, with a Pixtral tower",
         _hf("mistral3", "Mistral3ForConditionalGeneration"),
         (IMAGES,),
+        tower=_pixtral_tower(_merged_of_any_size),
     ),
 )

@@ -119,6 +119,8 @@ class Tower:
             row (Qwen); then `query` and `key` are not looked at.
         prefix: number of tokens in front of the patches, [CLS] and registers.
         layer: block that gives the features, Python style, where the config does not say.
+        packed: function that gives the number of patches of each picture of a call, where they
+            stand in one row and queries and keys are rotated (Pixtral); else None.
         kinds: model types of towers that are so, where the family may have others; empty for any.
     """
 
@@ -130,6 +132,7 @@ class Tower:
     fused: str = ""
     prefix: int = 0
     layer: int = -1
+    packed: Callable[[Any, Call], Sequence[int]] | None = None
     kinds: tuple[str, ...] = ()
 
 

@@ -26,9 +26,9 @@ from tokenprune.signals import (
 from ..kit.tower_reading import answers, layers_of, read_block
 from .anatomy import configured_layer, part
 from .family import Encoded, Tower
-from .names import Hooked, calls_of
+from .names import Call, Hooked, calls_of
 
-_ROTATE = "apply_rotary_pos_emb_vision"
+_ROTATE, _ROTATE_PACKED = "apply_rotary_pos_emb_vision", "apply_rotary_pos_emb"
 
 
 def given_by(tower: Tower | None) -> frozenset[type[Signal]]:
@@ -36,7 +36,7 @@ def given_by(tower: Tower | None) -> frozenset[type[Signal]]:
     if tower is None:
         return frozenset()
     found: set[type[Signal]] = {ReceivedAttention, GivenAttention}
-    if not tower.fused:  # where keys are what the projection gives, not rotated
+    if not tower.fused and tower.packed is None:  # keys are what the projection gives, not rotated
         found.add(Keys)
     if tower.prefix:
         found |= {ClsAttention, JointClsAttention}
@@ -56,6 +56,7 @@ class ReadTower(NotCopyable):
     """
 
     def __init__(self, core: Any, tower: Tower, signals: frozenset[Signal]) -> None:
+        self.core = core
         self.tower = tower
         kind = core.config.vision_config.model_type
         if tower.kinds and kind not in tower.kinds:
@@ -75,8 +76,9 @@ class ReadTower(NotCopyable):
             kinds = {type(each) for each, layers in self.wanted.items() if number in layers}
             attention = operator.attrgetter(self.tower.attention)(self.blocks[number])
             tap = _Tap(self, number, attention, frozenset(kinds))
-            if self.tower.fused:
+            if self.tower.fused or self.tower.packed is not None:
                 yield attention.register_forward_pre_hook(tap.enter, with_kwargs=True)
+            if self.tower.fused:
                 projection = getattr(attention, self.tower.fused)
                 yield projection.register_forward_hook(tap.fused)
             else:
@@ -89,9 +91,11 @@ class ReadTower(NotCopyable):
         found: dict[object, Any] | None = getattr(self._local, "found", None)
         return found
 
-    def begin(self) -> None:
-        """Forget the previous pass of this thread."""
+    def begin(self, call: Call) -> None:
+        """Forget the previous pass of this thread; `call` is that of the method that encodes."""
         self._local.found = {}
+        if self.tower.packed is not None:
+            self._local.found["lengths"] = list(self.tower.packed(self.core, call))
 
     def take(self, encoded: Encoded) -> dict[Signal, Tensor]:
         """`(slots, ...)` of each signal, its other axes in order: means over a slot's patches."""
@@ -115,9 +119,10 @@ class _Tap(NotCopyable):
         self.heads: int = attention.num_heads
         self.calls = calls_of(attention)
         # Beside the attention's own code, which rotates by it.
-        self.rotate: Any = getattr(sys.modules[type(attention).__module__], _ROTATE, None)
-        if read.tower.fused and self.rotate is None:
-            raise UnsupportedError(f"{type(attention).__name__} does not rotate by {_ROTATE}")
+        name = _ROTATE if read.tower.fused else _ROTATE_PACKED
+        self.rotate: Any = getattr(sys.modules[type(attention).__module__], name, None)
+        if self.rotate is None and (read.tower.fused or read.tower.packed is not None):
+            raise UnsupportedError(f"{type(attention).__name__} does not rotate by {name}")
 
     def _split(self, x: Tensor) -> Tensor:
         return rearrange(x.detach(), "b n (h c) -> b h n c", h=self.heads)
@@ -129,14 +134,20 @@ class _Tap(NotCopyable):
     @torch.no_grad()
     def key(self, module: nn.Module, args: object, output: Tensor) -> None:
         found = self.read.found
-        if found is not None:
-            query = found.pop(("query", self.number))
-            self._note([self._read(query, self._split(output))])
+        if found is None:
+            return
+        query, key = found.pop(("query", self.number)), self._split(output)
+        if self.read.tower.packed is None:
+            self._note([self._read(query, key)])
+            return
+        rotary = found.pop(("call", self.number)).rotary
+        query, key = self.rotate(query, key, *rotary, unsqueeze_dim=0)
+        parts = (x.split(found["lengths"], dim=2) for x in (query, key))
+        self._note([self._read(q, k) for q, k in zip(*parts, strict=True)])
 
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Hooked | None:
         if self.read.found is not None:
-            call = self.calls(args, kwargs)
-            self.read.found["call", self.number] = call.seams, call.rotary
+            self.read.found["call", self.number] = self.calls(args, kwargs)
         return None
 
     @torch.no_grad()
@@ -144,7 +155,8 @@ class _Tap(NotCopyable):
         found = self.read.found
         if found is None:
             return
-        seams, rotary = found.pop(("call", self.number))
+        call = found.pop(("call", self.number))
+        seams, rotary = call.seams, call.rotary
         split = "n (three h c) -> three n h c"
         query, key, _ = rearrange(output.detach(), split, three=3, h=self.heads)
         query, key = self.rotate(query, key, *rotary)
