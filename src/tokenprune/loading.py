@@ -42,10 +42,13 @@ class Loaded:
         high, wide = (patch, patch) if isinstance(patch, int) else patch
         return pixels.shape[-2] // high, pixels.shape[-1] // wide
 
-    def placeholders(self, ids: torch.Tensor) -> list[int]:
-        """Placeholders of pictures in each prompt of `(batch, tokens)` ids."""
-        counts: list[int] = (ids == self.model.config.image_token_id).sum(1).tolist()
-        return counts
+    def placeholders(self, ids: torch.Tensor) -> list[int] | None:
+        """Placeholders of pictures in each prompt of `(batch, tokens)` ids.
+
+        None where the config of the model does not name a placeholder.
+        """
+        token = getattr(self.model.config, "image_token_id", None)
+        return None if token is None else (ids == token).sum(1).tolist()
 
     def tiles(self, size: torch.Tensor) -> tuple[int, int]:
         """Tiles in height and width that a picture of `(2,)` height and width is cut into."""

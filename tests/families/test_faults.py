@@ -22,6 +22,7 @@ from tokenprune_adapters.hf.llm import (
     padding,
     short_prompt,
 )
+from tokenprune_adapters.hf.slots import Slots
 
 from .test_signals import test_signals_are_those_of_the_eager_map as check_signals
 
@@ -58,22 +59,22 @@ def deepstack_left_out(patch: Patch) -> None:
 
 
 def merged_features_beside_unmerged_deepstack(patch: Patch) -> None:
-    original = encoders._Slots.reduced
+    original = Slots.reduced
 
     def reduced(self: Any, x: Tensor, plan: Any, gone: float) -> Tensor:
         return x if gone == 0 else original(self, x, plan, gone)
 
-    patch.setattr(encoders._Slots, "reduced", reduced)
+    patch.setattr(Slots, "reduced", reduced)
 
 
 def order_of_tiles_reversed(patch: Patch) -> None:
-    original = encoders._Slots.of.__func__  # type: ignore[attr-defined]
+    original = Slots.of.__func__  # type: ignore[attr-defined]
 
     def of(cls: Any, patches: Any, device: Any) -> Any:
         made = original(cls, patches, device)
         return replace(made, index=made.index.flip(0), mask=made.mask.flip(0))
 
-    patch.setattr(encoders._Slots, "of", classmethod(of))
+    patch.setattr(Slots, "of", classmethod(of))
 
 
 def newlines_counted(patch: Patch) -> None:

@@ -220,23 +220,31 @@ def _generate(
                 f"{model.pruned.spec!r} reduced no picture; has the model fewer layers than it "
                 "names?"
             )
-        of_prompts = _by_prompt(images, model.loaded.placeholders(inputs["input_ids"]))
+        counts = model.loaded.placeholders(inputs["input_ids"])
+        of_prompts = _by_prompt(images, len(cases), counts)
         for case, seen in zip(cases, of_prompts, strict=True):
             rows[case.row].before = sum(image.before for image in seen)
             rows[case.row].after = sum(image.after for image in seen)
 
 
 def _by_prompt(
-    images: Sequence[ImageReport], placeholders: Sequence[int]
+    images: Sequence[ImageReport], prompts: int, placeholders: Sequence[int] | None
 ) -> list[Sequence[ImageReport]]:
     """What became of the picture of each prompt; of several tiles, where a model reports tiles.
 
     >>> one, two = ImageReport(4, 2), ImageReport(4, 1)
-    >>> [len(each) for each in _by_prompt([one, two, two], [8, 4])]
+    >>> [len(each) for each in _by_prompt([one, two, two], 2, [8, 4])]
     [2, 1]
     """
-    if len(images) == len(placeholders):
+    if prompts == 1:
+        return [images]
+    if len(images) == prompts:
         return [[image] for image in images]
+    if placeholders is None:
+        raise UnsupportedError(
+            f"the model reports {len(images)} pictures of {prompts} prompts with one each, and its "
+            "config names no placeholder by which to tell whose they are; use a batch size of 1"
+        )
     each = sum(placeholders) // len(images)  # tiles have as many placeholders as each other
     ends = list(itertools.accumulate(count // each for count in placeholders))
     return [images[start:end] for start, end in itertools.pairwise([0, *ends])]

@@ -55,8 +55,9 @@ class Seen:
             tiles = loaded.tiles(inputs["image_sizes"][0])
             crops = crops[: 1 + tiles[0] * tiles[1]]  # what follows is padding
         grid = loaded.grid(crops)
-        if tiles is None:
-            grid = _merged(grid, sum(loaded.placeholders(inputs["input_ids"])), len(crops))
+        counts = loaded.placeholders(inputs["input_ids"])
+        if tiles is None and counts is not None:
+            grid = _merged(grid, sum(counts), len(crops))
         seen = tuple(picture_of(each, looks.image_mean, looks.image_std) for each in crops)
         return cls(seen, grid, tiles)
 

@@ -11,18 +11,16 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.budget import Per
 from tokenprune.errors import UnsupportedError
-from tokenprune.gather import gather_flat, zero_fillers
 from tokenprune.hooks import NotCopyable, Removable
 from tokenprune.kept_patches import Kind, Origin
 from tokenprune.plan import Plan
 from tokenprune.report import Record
 from tokenprune.signals import Signal, Signals
 from tokenprune.strategy import Reduction, Strategy
-from tokenprune.to_device import numbers_on, sent
+from tokenprune.to_device import sent
 from tokenprune.tokens import VisualTokens
 
 from ..kit.before_projector import Ids, Sizes
@@ -34,56 +32,8 @@ from .llm.image_slots import Images
 from .llm.signal_cache import SignalCache
 from .names import Call, Signature
 from .outputs import Output, with_fields
+from .slots import Slots
 from .tower_attention import ReadTower
-
-
-@dataclass(frozen=True, eq=False)
-class _Slots:
-    """Slots of all rows of a call, one after the other.
-
-    Attributes:
-        lengths: slots of each row.
-        patches: `(slots,)` int64, the patch of its row that each is; -1 for none.
-        index: `(rows, tokens)` int64, the slot of each token: of those with a patch.
-        mask: `(rows, tokens)` bool, False where a row has fewer.
-        tokens: number of tokens of each row.
-    """
-
-    lengths: list[int]
-    patches: Tensor
-    index: Tensor
-    mask: Tensor
-    tokens: tuple[int, ...]
-
-    @classmethod
-    def of(cls, patches: Sequence[Tensor], device: torch.device) -> _Slots:
-        """From the patch that each slot of each row is, on the CPU."""
-        lengths = list(map(len, patches))
-        slots = torch.split(torch.arange(sum(lengths), device="cpu"), lengths)
-        held = [each[patch >= 0] for each, patch in zip(slots, patches, strict=True)]
-        index = sent(pad_sequence(held, batch_first=True), device)
-        tokens = tuple(map(len, held))
-        mask = torch.arange(index.shape[1], device=device) < numbers_on(device, tokens)[:, None]
-        return cls(lengths, sent(torch.cat(list(patches)), device), index, mask, tokens)
-
-    def take(self, x: Tensor) -> Tensor:
-        """`(slots, ...)` to `(rows, tokens, ...)`, zero where padded."""
-        return zero_fillers(gather_flat(x[None], self.index), self.mask)
-
-    def reduced(self, x: Tensor, plan: Plan, gone: float) -> Tensor:
-        """`(slots, channels)` with what `plan` makes of tokens at its anchors.
-
-        Args:
-            x: of all slots.
-            plan: for the tokens of the rows.
-            gone: what slots of other tokens hold.
-        """
-        last = len(x)  # one slot more, to which fillers are written
-        whole = torch.cat([x, x.new_zeros(1, x.shape[1])])
-        tokens = self.index.masked_fill(~self.mask, last).flatten()
-        anchors = self.index.gather(1, plan.anchors).masked_fill(~plan.mask, last).flatten()
-        kept = plan(self.take(x)).flatten(0, 1)
-        return whole.index_fill(0, tokens, gone).index_copy(0, anchors, kept)[:-1]
 
 
 @dataclass(eq=False)
@@ -144,7 +94,7 @@ class Encoders(NotCopyable):
         origins = sight.origins_of(encoded, patches)
         if self.per == "frame" and sight.frames is not None:
             patches, origins = _by_frame(patches, origins)
-        slots = _Slots.of(patches, flat.device)
+        slots = Slots.of(patches, flat.device)
         if sum(slots.lengths) != len(flat):
             raise UnsupportedError(
                 f"{sight.encode} of {type(self.parts.core).__name__} gave {len(flat)} features "
@@ -239,7 +189,7 @@ class _Around:
         return self.encoders.encode(self.sight, Call(self.signature, (), dict(given)), call)
 
 
-def _also_reduced(sight: Sight, raw: Any, slots: _Slots, plan: Plan) -> Any:
+def _also_reduced(sight: Sight, raw: Any, slots: Slots, plan: Plan) -> Any:
     """`raw` with what goes the way of the features reduced alike."""
     for also in sight.also:
         name = also.name_in(raw)
