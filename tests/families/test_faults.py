@@ -13,7 +13,7 @@ from torch import Tensor
 
 from support.families import FAMILIES, case_of
 from tokenprune import UnsupportedError
-from tokenprune_adapters.hf import encoders, families, tower_attention
+from tokenprune_adapters.hf import encoders, slot_patches, tower_attention
 from tokenprune_adapters.hf.contract import CHECKS
 from tokenprune_adapters.hf.llm import (
     deepstack,
@@ -162,16 +162,16 @@ def test_what_is_computed_shows_it(
 
 
 def window_order_not_undone(patch: Patch) -> None:
-    _members(patch, "hf-qwen2-5-vl", families._merged)
+    _members(patch, "hf-qwen2-5-vl", slot_patches.merged_in_a_row)
 
 
 def group_of_four_shifted(patch: Patch) -> None:
-    _members(patch, "hf-qwen2-vl", lambda encoded: families._merged(encoded).roll(1))
+    _members(patch, "hf-qwen2-vl", lambda encoded: slot_patches.merged_in_a_row(encoded).roll(1))
 
 
 def tiles_read_row_by_row(patch: Patch) -> None:
     def members(encoded: Any) -> Tensor:
-        return families._shuffled(encoded).sort().values.flatten().sort().values.reshape(-1, 4)
+        return slot_patches.shuffled(encoded).sort().values.flatten().sort().values.reshape(-1, 4)
 
     _members(patch, "hf-internvl", members)
 
