@@ -100,8 +100,8 @@ def check_llm(llm: nn.Module, layers: bool = True) -> None:
     windows = has_windows(llm)
     if windows:
         raise UnsupportedError(
-            f"{type(llm).__name__} has {windows} layers, "
-            "whose windows would count kept tokens only; only full attention is supported"
+            f"{type(llm).__name__} has {windows} layers; only full attention is supported, since "
+            "windows would count kept tokens only, and a state that runs along cannot skip tokens"
         )
     if layers:
         found: Any = llm.layers
