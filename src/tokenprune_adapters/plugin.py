@@ -26,12 +26,6 @@ def _siglip() -> TowerAdapter:
     return SiglipTowerAdapter()
 
 
-def _siglip2() -> TowerAdapter:
-    from .hf.encoder_tower import Siglip2TowerAdapter
-
-    return Siglip2TowerAdapter()
-
-
 def _dinov2() -> TowerAdapter:
     from .hf.encoder_tower import Dinov2TowerAdapter
 
@@ -137,7 +131,7 @@ def tokenprune_towers() -> Iterable[TowerPlugin]:
     yield TowerPlugin(
         "hf-siglip2",
         "SigLIP2 towers of transformers with patches in a row; pictures of one shape",
-        _siglip2,
+        _siglip,
         ("transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel",),
     )
     yield TowerPlugin(

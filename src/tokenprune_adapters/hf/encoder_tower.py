@@ -62,21 +62,7 @@ class ClipTowerAdapter(_EncoderTower):
 
 
 class SiglipTowerAdapter(_EncoderTower):
-    """`SiglipVisionModel`: patches only, so there is no [CLS] row, but its pooling head has one."""
-
-
-class Siglip2TowerAdapter(SiglipTowerAdapter):
-    """`Siglip2VisionModel`: the same on patches in a row, for pictures that fill all of them."""
-
-    def install(
-        self,
-        tower: nn.Module,
-        signals: frozenset[Signal],
-        observation: Observation,
-        feature_layer: int,
-    ) -> Iterator[Removable]:
-        yield tower.register_forward_pre_hook(_refuse_padding, with_kwargs=True)
-        yield from super().install(tower, signals, observation, feature_layer)
+    """`SiglipVisionModel`, `Siglip2VisionModel`: no [CLS] row, but the pooling head has one."""
 
 
 class Dinov2TowerAdapter(_EncoderTower):
@@ -87,9 +73,8 @@ class Dinov2TowerAdapter(_EncoderTower):
         return 1 + getattr(config, "num_register_tokens", 0)
 
 
-def _refuse_padding(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _refuse_padding(mask: Tensor | None) -> None:
     """Attention is read of all patches, of which padded pictures hold some that are not there."""
-    mask = calls_of(tower)(args, kwargs).pixel_mask
     if mask is not None and not bool(mask.all()):
         raise UnsupportedError(
             "pictures with fewer patches than others of the batch are not read; give pictures of "
@@ -151,7 +136,9 @@ class _Taps(NotCopyable):
                     "attached or observed (adapters put in or merged?), so its attention would be "
                     "read without what changed; detach first, and attach again"
                 )
-        self.reading.begin(self.calls(args, kwargs).pixels)
+        call = self.calls(args, kwargs)
+        _refuse_padding(call.pixel_mask)
+        self.reading.begin(call.pixels)
 
     def features(self, layer: nn.Module, args: object, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output

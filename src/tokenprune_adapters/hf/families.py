@@ -47,7 +47,10 @@ IMAGES = Sight("image", "get_image_features", Call.pictures)
 def _anyres(packed: Callable[[Encoded], Packing]) -> Sight:
     """Pictures with a base view and tiles, packed by their sizes."""
     return replace(
-        IMAGES, needs=(Call.sizes,), patches=lambda encoded: packed(encoded).patches, crop=crop_of
+        IMAGES,
+        needs=(Call.sizes,),
+        patches=lambda encoded: encoded.once(packed).patches,
+        crop=crop_of,
     )
 
 

@@ -8,9 +8,9 @@ which slots share a budget.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from tokenprune.trial import Trial
 from .anatomy import Anatomy, part
 from .names import Argument, Call
 from .outputs import Field
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,14 @@ class Encoded:
     core: Any
     call: Call
     elements: Sequence[Tensor]
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, make: Callable[[Encoded], T]) -> T:
+        """What `make` makes of this, which is made once however often it is asked for."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        made: T = self._made[make]
+        return made
 
 
 @dataclass(frozen=True)

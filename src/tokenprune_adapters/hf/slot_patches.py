@@ -125,13 +125,13 @@ def pixels_of_tiles(encoded: Encoded) -> Tensor:
 def packed_crops(encoded: Encoded) -> Packing:
     """LLaVA-NeXT-Video: base view, and rows of tiles that end in newlines."""
     core = encoded.core
-    return Packing.of(core, _sizes(encoded), patches_per_crop(core.config))
+    return Packing.of(core, _sizes(encoded.call), patches_per_crop(core.config))
 
 
 def packed_grid(encoded: Encoded) -> Packing:
     """LLaVA-OneVision: tiles may shrink, and one of several pictures of a prompt has none."""
     core, counts = encoded.core, encoded.call.pictures_of_prompts
-    sizes = _sizes(encoded)
+    sizes = _sizes(encoded.call)
     pictures = [1] * len(sizes) if counts is None else counts.tolist()
     whole = [count > 1 for count in pictures for _ in range(count)]
     return packed_by_grid(core, sizes, whole, _side(core), encoded.call.aspect)
@@ -150,7 +150,7 @@ def _unpacked(packing: Packing) -> Tensor:
 def pooled_by_halves(encoded: Encoded) -> Tensor:
     """LLaVA-OneVision: frames have half their sides, each token is of up to four patches."""
     if encoded.call.videos is None:
-        return _unpacked(packed_grid(encoded))
+        return _unpacked(encoded.once(packed_grid))
     side = _side(encoded.core)
     middle = (torch.arange(-(-side // 2)) + 0.5) * side / -(-side // 2) - 0.5
     near = torch.stack([middle.floor(), middle.ceil()], dim=1).long()  # of each row and column
@@ -168,21 +168,21 @@ def pooled_by_halves(encoded: Encoded) -> Tensor:
 def pooled_by_squares(encoded: Encoded) -> Tensor:
     """LLaVA-NeXT-Video: squares of each frame are pooled."""
     if encoded.call.videos is None:
-        return _unpacked(packed_crops(encoded))
+        return _unpacked(encoded.once(packed_crops))
     side, stride = _side(encoded.core), encoded.core.config.spatial_pool_stride
     frames = sum(map(len, encoded.elements)) // (side // stride) ** 2
     return squares(side, stride, frames)
 
 
-def _sizes(encoded: Encoded) -> Tensor:
-    return torch.as_tensor(encoded.call.sizes, device="cpu")
+def _sizes(call: Call) -> Tensor:
+    """`(pictures, 2)` height and width."""
+    return torch.as_tensor(call.sizes, device="cpu")
 
 
 def _grids(core: Any, call: Call) -> list[tuple[int, int]]:
     """Pixtral: patches in height and width of each picture."""
     patch = core.config.vision_config.patch_size
-    sizes = torch.as_tensor(call.sizes, device="cpu").tolist()
-    return [(high // patch, wide // patch) for high, wide in sizes]
+    return [(high // patch, wide // patch) for high, wide in _sizes(call).tolist()]
 
 
 def patches_in_a_row(core: Any, call: Call) -> list[int]:

@@ -67,7 +67,8 @@ class Chat:
 
     def ask(self) -> Answer:
         """Answers to both prompts, in a batch."""
-        ids, mask = collated(self.prompts, self.model.generation_config.pad_token_id or 0)
+        pad = self.model.generation_config.pad_token_id or 0
+        ids, mask = collated([prompt.ids for prompt in self.prompts], pad)
         given = {"input_ids": ids, "attention_mask": mask, **self.pictures.arguments()}
         return answer(self.model, given)
 

@@ -20,7 +20,7 @@ from ..family import Family
 from . import oracle
 from .attention_maps import eager
 from .chat import LAYER, answer
-from .prompts import words
+from .prompts import collated, words
 from .tiny import tiny
 from .tiny_families import TINY
 
@@ -232,10 +232,8 @@ class _Masked:
 
         one = [*text(3), *picture(), *text(4)]
         two = [*text(2), *picture(), *text(3), *picture(), *text(5)]
-        fill = [0] * (len(two) - len(one))
-        pad = model.generation_config.pad_token_id or 0
-        ids = torch.tensor([[pad] * len(fill) + one, two], device=model.device)
-        mask = torch.tensor([fill + [1] * len(one), [1] * len(two)], device=model.device)
+        both = [torch.tensor(each, device=model.device) for each in (one, two)]
+        ids, mask = collated(both, model.generation_config.pad_token_id or 0)
         given = {"input_ids": ids, "attention_mask": mask, **self.seen.arguments}
         if self.seen.front:  # which count time, rows and columns by them
             given["mm_token_type_ids"] = (ids == placeholder).int()

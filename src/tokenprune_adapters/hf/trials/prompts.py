@@ -133,12 +133,12 @@ def words(model: Any, special: Iterable[int], count: int) -> Tensor:
     return plain[chosen].to(model.device)
 
 
-def collated(prompts: Sequence[Prompt], pad: int) -> tuple[Tensor, Tensor]:
-    """Ids with padding on the left, and the mask that says where it is."""
-    width = max(len(prompt.ids) for prompt in prompts)
-    fills = [width - len(prompt.ids) for prompt in prompts]
+def collated(prompts: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
+    """`(slots,)` ids of prompts with padding on the left, and the mask that says where it is."""
+    width = max(map(len, prompts))
+    fills = [width - len(prompt) for prompt in prompts]
     ids = [
-        torch.cat([prompt.ids.new_full((fill,), pad), prompt.ids])
+        torch.cat([prompt.new_full((fill,), pad), prompt])
         for fill, prompt in zip(fills, prompts, strict=True)
     ]
     columns = torch.arange(width, device=ids[0].device)
