@@ -14,7 +14,7 @@ from tokenprune.cli.catalogue import differences, markdown
 from tokenprune.plugins import Registry, registry
 from tokenprune.versions import LIBRARIES, Library, library
 from tokenprune_adapters.hf.families import FAMILIES
-from tokenprune_adapters.hf.family import facts_of
+from tokenprune_adapters.hf.family_plugin import facts_of
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "reference"

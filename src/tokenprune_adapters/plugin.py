@@ -32,24 +32,6 @@ def _dinov2() -> TowerAdapter:
     return Dinov2TowerAdapter()
 
 
-def _llava() -> ModelAdapter:
-    from .hf.llava import LlavaAdapter
-
-    return LlavaAdapter()
-
-
-def _llava_next() -> ModelAdapter:
-    from .hf.llava_next import LlavaNextAdapter
-
-    return LlavaNextAdapter()
-
-
-def _video_llava() -> ModelAdapter:
-    from .hf.video_llava import VideoLlavaAdapter
-
-    return VideoLlavaAdapter()
-
-
 def _open_clip() -> TowerAdapter:
     from .open_clip.tower import OpenClipTowerAdapter
 
@@ -84,17 +66,6 @@ def _family_trials(family: Family) -> Iterable[Trial]:
     from .hf.trials.families import trials
 
     return trials(family)
-
-
-def _llava_facts(takes: str, budgets: str) -> dict[str, str]:
-    return {
-        "takes": takes,
-        "placements": "before-llm (before the projector), after-layer",
-        "positions before the LLM": "reindexed",
-        "signals of the tower": "those that the adapter of its tower gives",
-        "budgets are for a": budgets,
-        "transformers": "all",
-    }
 
 
 def _open_clip_facts() -> dict[str, str]:
@@ -155,38 +126,16 @@ def tokenprune_towers() -> Iterable[TowerPlugin]:
 @hookimpl
 def tokenprune_models() -> Iterable[ModelPlugin]:
     """Models of transformers, and towers of open_clip as models of their own."""
-    yield ModelPlugin(
-        "hf-llava",
-        "LLaVA-1.5 of transformers, before the LLM and after its layers",
-        _llava,
-        ("transformers.models.llava.modeling_llava.LlavaForConditionalGeneration",),
-        _llava_trials,
-        partial(_llava_facts, "images", "picture"),
-    )
-    yield ModelPlugin(
-        "hf-llava-next",
-        "LLaVA-NeXT of transformers (any resolution), before the LLM and after its layers",
-        _llava_next,
-        ("transformers.models.llava_next.modeling_llava_next.LlavaNextForConditionalGeneration",),
-        _llava_next_trials,
-        partial(_llava_facts, "images", "picture, tile (per='crop')"),
-    )
-    yield ModelPlugin(
-        "hf-video-llava",
-        "Video-LLaVA of transformers (pictures and videos), before the LLM and after its layers",
-        _video_llava,
-        (
-            "transformers.models.video_llava.modeling_video_llava."
-            "VideoLlavaForConditionalGeneration",
-        ),
-        _video_llava_trials,
-        partial(_llava_facts, "images and videos", "picture, video, frame (per='frame')"),
-    )
     from .hf.families import FAMILIES
-    from .hf.family import family_plugin
+    from .hf.family_plugin import family_plugin
 
+    own = {
+        "hf-llava": _llava_trials,
+        "hf-llava-next": _llava_next_trials,
+        "hf-video-llava": _video_llava_trials,
+    }
     for family in FAMILIES:
-        yield family_plugin(family, partial(_family_trials, family))
+        yield family_plugin(family, own.get(family.name, partial(_family_trials, family)))
     yield ModelPlugin(
         "open-clip-visual",
         "model.visual of open_clip, after blocks: encode_image itself gets faster",

@@ -18,7 +18,7 @@ from tokenprune.cli.doctor import verdict
 from tokenprune.doctor import Comparison, Examination, Version, examine
 from tokenprune.loading import LoadingError
 from tokenprune.plugins import Registry
-from tokenprune_adapters.hf.llava import LlavaAdapter
+from tokenprune_adapters.hf.family_adapter import FamilyAdapter
 from tokenprune_adapters.pocket import CHECKPOINT
 
 LLAVA = "LlavaForConditionalGeneration (CLIP)"
@@ -36,7 +36,7 @@ def fault(offering: Callable[..., Registry], monkeypatch: pytest.MonkeyPatch) ->
         raise KeyError("hidden_states")
 
     offering()
-    monkeypatch.setattr(LlavaAdapter, "install", install)
+    monkeypatch.setattr(FamilyAdapter, "install", install)
 
 
 def test_text(offering: Callable[..., Registry]) -> None:
@@ -109,7 +109,7 @@ def test_a_device_that_is_not_there(words: list[str]) -> None:
 def test_a_checkpoint_on_which_the_adapter_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(LlavaAdapter, "install", lambda self, *args: iter(()))
+    monkeypatch.setattr(FamilyAdapter, "install", lambda self, *args: iter(()))
     said = doctor("--model", "pocket", code=1).output
     assert "Do not use tokenprune with LlavaForConditionalGeneration here" in said
 

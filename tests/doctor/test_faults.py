@@ -21,7 +21,7 @@ from tokenprune.doctor import examine, examine_model
 from tokenprune.plugins import Registry
 from tokenprune.trial import Answer, Cut, Questions, Trial
 from tokenprune_adapters.hf import checks
-from tokenprune_adapters.hf.llava import LlavaAdapter
+from tokenprune_adapters.hf.family_adapter import FamilyAdapter
 from tokenprune_adapters.hf.llm import inner_stages, segment, short_prompt
 from tokenprune_adapters.hf.names import Call
 
@@ -124,11 +124,11 @@ def adapter_that_raises(patch: Patch) -> None:
     def install(self: Any, *args: Any) -> Iterator[Any]:
         raise KeyError("hidden_states")
 
-    patch.setattr(LlavaAdapter, "install", install)
+    patch.setattr(FamilyAdapter, "install", install)
 
 
 def nothing_attached(patch: Patch) -> None:
-    patch.setattr(LlavaAdapter, "install", lambda self, *args: iter(()))
+    patch.setattr(FamilyAdapter, "install", lambda self, *args: iter(()))
 
 
 FAULTS: dict[Callable[[Patch], None], dict[str, str]] = {

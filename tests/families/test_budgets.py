@@ -64,16 +64,16 @@ def test_a_budget_per_frame_is_the_same_for_scores_of_frames(name: str) -> None:
     }
 
 
-def test_crops_and_frames_that_are_not_handed_over_are_refused() -> None:
+def test_budgets_that_cannot_be_are_refused() -> None:
     model = NAMED["qwen2-vl"].make("sdpa")
-    for spec, words in (
-        ("uniform | evict(5, per='crop')", "per='crop'.*a video over all its frames"),
-        ("uniform | evict(5, per='frame') @ after-layer(2)", "videos are all that is known"),
-    ):
-        with pytest.raises(UnsupportedError, match=words):
-            tokenprune.attach(model, spec)
     mixed = ["uniform | evict(5, per='frame')", "uniform | evict(4) @ after-layer(2)"]
-    with pytest.raises(UnsupportedError, match="give all steps per='frame', or none"):
+    with pytest.raises(UnsupportedError, match=r"all stages must share per, got \['frame', 'image"):
         tokenprune.attach(model, *mixed)
     with pytest.raises(UnsupportedError, match="hf-mistral3 has no frames"):
         tokenprune.attach(NAMED["mistral3"].make("sdpa"), "uniform | evict(5, per='frame')")
+    with pytest.raises(UnsupportedError, match="crops are packed into one sequence"):
+        tokenprune.attach(
+            NAMED["llava-onevision"].make("sdpa"), "uniform | evict(5, per='crop') @ after-layer(2)"
+        )
+    with pytest.raises(UnsupportedError, match="newline='drop'.*have no newlines"):
+        tokenprune.attach(model, "uniform | evict(5) @ before-llm(newline='drop')")

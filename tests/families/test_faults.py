@@ -17,7 +17,6 @@ from tokenprune_adapters.hf import encoders, slot_patches, tower_attention
 from tokenprune_adapters.hf.contract import CHECKS
 from tokenprune_adapters.hf.llm import (
     deepstack,
-    image_slots,
     layer_hooks,
     padding,
     short_prompt,
@@ -80,21 +79,14 @@ def order_of_tiles_reversed(patch: Patch) -> None:
 def newlines_counted(patch: Patch) -> None:
     from tokenprune_adapters.hf.family import Sight
 
-    def patches_of(self: Any, encoded: Any) -> list[Tensor]:
-        return [torch.arange(slots) for slots in self.lengths_of(encoded)]
+    def told(self: Any, encoded: Any) -> list[Tensor]:
+        return [torch.arange(len(each)) for each in encoded.elements]
 
-    patch.setattr(Sight, "patches_of", patches_of)
+    patch.setattr(Sight, "told", told)
 
 
 def videos_in_the_place_of_pictures(patch: Patch) -> None:
-    def joined_with(self: Any, others: Any) -> Any:
-        return replace(
-            original(self, others),
-            image=torch.where(others.image >= 0, others.image, self.image + 1),
-        )
-
-    original = image_slots.Images.joined_with
-    patch.setattr(image_slots.Images, "joined_with", joined_with)
+    patch.setattr(encoders, "_in_order", lambda of_video, pictures, videos: videos + pictures)
 
 
 def nested_encoders_reduce_twice(patch: Patch) -> None:

@@ -189,15 +189,7 @@ def _onevision_sees(parts: list[tuple[Any, ...]]) -> tuple[dict[str, Any], list[
     videos = [part for part in parts if part[0] == "video"]
     given: dict[str, Any] = {}
     if images:
-        crops = [2 if (h, w) == (30, 14) else 1 for _, _, h, w in images]
-        crops = [1 + count for count in crops]
-        most = max(crops)
-        given["pixel_values"] = torch.stack(
-            [
-                torch.cat([pixels(p[1], n, 3, 16, 16), torch.zeros(most - n, 3, 16, 16)])
-                for p, n in zip(images, crops, strict=True)
-            ]
-        )
+        given["pixel_values"] = torch.stack([pixels(p[1], 3, 3, 16, 16) for p in images])
         given["image_sizes"] = torch.tensor([p[2:] for p in images])
     if videos:
         given["pixel_values_videos"] = torch.stack([pixels(p[1], 3, 3, 16, 16) for p in videos])
@@ -253,7 +245,47 @@ def _mistral_sees(parts: list[tuple[Any, ...]]) -> tuple[dict[str, Any], list[in
     return {"pixel_values": made, "image_sizes": sizes}, [h * w // 64 for _, _, h, w in parts]
 
 
+def _video_llava_sees(parts: list[tuple[Any, ...]]) -> tuple[dict[str, Any], list[int]]:
+    """A video is 3 frames of 16 patches, with [CLS] in front of each."""
+    given: dict[str, Any] = {}
+    images = [part for part in parts if part[0] == "image"]
+    videos = [part for part in parts if part[0] == "video"]
+    if images:
+        given["pixel_values_images"] = _pictures(images, 16)
+    if videos:
+        given["pixel_values_videos"] = torch.stack([pixels(p[1], 3, 3, 16, 16) for p in videos])
+    return given, [51 if part[0] == "video" else 16 for part in parts]
+
+
+VIDEO_LLAVA_PATCHES = [
+    torch.arange(16),
+    torch.arange(16),
+    torch.tensor([-1, *range(16), -1, *range(16, 32), -1, *range(32, 48)]),
+]
+
+WHOLE_ROWS = [Row([1, 11, ("image", 1), 12, 13, ("image", 2), 14]), Row([1, 21, ("image", 3), 22])]
+
+
+def _whole_see(parts: list[tuple[Any, ...]]) -> tuple[dict[str, Any], list[int]]:
+    return {"pixel_values": _pictures(parts, 16)}, [16] * len(parts)
+
+
 ALL = [
+    Tiny("llava", _whole_see, WHOLE_ROWS),
+    Tiny(
+        "llava-next",
+        _onevision_sees,
+        [ANYRES_ROWS[0], Row([1, 21, ("image", 3, 16, 16), 22, 23])],
+        patch=lambda inputs: _onevision_slots(
+            [("image", 1, 30, 14), ("image", 2, 16, 16), ("image", 3, 16, 16)]
+        ),
+    ),
+    Tiny(
+        "video-llava",
+        _video_llava_sees,
+        [WHOLE_ROWS[0], ANYRES_ROWS[1]],
+        patch=lambda inputs: VIDEO_LLAVA_PATCHES,
+    ),
     Tiny("qwen2-vl", _qwen_sees(4), QWEN_ROWS, planes=True),
     Tiny("qwen2.5-vl", _qwen_sees(4), QWEN_ROWS, planes=True),
     Tiny("qwen3-vl", _qwen_sees(4), QWEN_ROWS, planes=True, frames=True),
@@ -272,11 +304,7 @@ ALL = [
         Tiny(name, _idefics_sees, TILE_ROWS, split=lambda slots: [16] * (slots // 16))
         for name in ("smolvlm", "idefics3")
     ],
-    Tiny(
-        "vipllava",
-        lambda parts: ({"pixel_values": _pictures(parts, 16)}, [16] * len(parts)),
-        [Row([1, 11, ("image", 1), 12, 13, ("image", 2), 14]), Row([1, 21, ("image", 3), 22])],
-    ),
+    Tiny("vipllava", _whole_see, WHOLE_ROWS),
     Tiny(
         "mistral3",
         _mistral_sees,

@@ -84,6 +84,29 @@ def _next_video(tokenizer: Any) -> Any:
     )
 
 
+def _next(tokenizer: Any) -> Any:
+    looks = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    return transformers.LlavaNextProcessor(
+        transformers.LlavaNextImageProcessor(**looks, image_grid_pinpoints=PINPOINTS),
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def _video_llava(tokenizer: Any) -> Any:
+    looks = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    return transformers.VideoLlavaProcessor(
+        transformers.VideoLlavaImageProcessor(**looks),
+        transformers.VideoLlavaVideoProcessor(**looks),
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
 def _idefics(tokenizer: Any) -> Any:
     """Also of SmolVLM, whose own processor makes the same of pictures, but needs num2words."""
     sizes = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
@@ -91,7 +114,7 @@ def _idefics(tokenizer: Any) -> Any:
     return transformers.Idefics3Processor(looks, tokenizer, image_seq_len=16)
 
 
-def _vipllava(tokenizer: Any) -> Any:
+def _llava(tokenizer: Any) -> Any:
     sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
     return transformers.LlavaProcessor(
         transformers.CLIPImageProcessor(**sizes),
@@ -132,6 +155,9 @@ INTERN = {
 }
 
 PROCESSORS: dict[str, tuple[Any, dict[str, str], str]] = {
+    "llava": (_llava, LLAVA, ""),
+    "llava-next": (_next, LLAVA, ""),
+    "video-llava": (_video_llava, LLAVA, ""),
     "qwen2-vl": (_qwen("Qwen2VL"), QWEN, ""),
     "qwen2.5-vl": (_qwen("Qwen2_5_VL"), QWEN, ""),
     "qwen3-vl": (_qwen("Qwen3VL"), QWEN, ""),
@@ -141,7 +167,7 @@ PROCESSORS: dict[str, tuple[Any, dict[str, str], str]] = {
     "llava-next-video": (_next_video, LLAVA, ""),
     "smolvlm": (_idefics, IDEFICS, ""),
     "idefics3": (_idefics, IDEFICS, ""),
-    "vipllava": (_vipllava, LLAVA, ""),
+    "vipllava": (_llava, LLAVA, ""),
     "mistral3": (_pixtral(2), PIXTRAL, ""),
     "llava-pixtral": (_pixtral(1), PIXTRAL, ""),
 }

@@ -30,22 +30,6 @@ class Anatomy:
     towers: tuple[nn.Module, ...]
     projector: Any
 
-    @classmethod
-    def of(cls, model: nn.Module) -> Anatomy:
-        """The parts of `model`.
-
-        Raises:
-            UnsupportedError: a part is not where transformers keeps it.
-        """
-        core = part(model, "core", "model")
-        llm = part(core, "language model", "language_model")
-        part(llm, "decoder layers", "layers")
-        projector = part(core, "projector", "multi_modal_projector")
-        names = ("vision_tower", "image_tower", "video_tower")
-        part(core, "vision tower", *names)  # one at least
-        towers = tuple(getattr(core, name) for name in names if hasattr(core, name))
-        return cls(model, core, llm, towers, projector)
-
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers of the language model."""
@@ -65,7 +49,7 @@ class Anatomy:
     @property
     def select_strategy(self) -> str:
         """``"default"`` where the first token of the tower is left out, ``"full"`` where not."""
-        return str(self.core.config.vision_feature_select_strategy)
+        return select_strategy(self.core.config)
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
@@ -83,6 +67,11 @@ def patches_per_crop(config: Any) -> int:
     """Number of patches of a picture, crop or frame, by the config of a model."""
     vision = config.vision_config
     return int(vision.image_size // vision.patch_size) ** 2
+
+
+def select_strategy(config: Any) -> str:
+    """``"default"`` where the first token of the tower is left out, ``"full"`` where not."""
+    return str(config.vision_feature_select_strategy)
 
 
 def feature_layer(config: Any) -> int:

@@ -27,7 +27,7 @@ class RefuseCandidates(NotCopyable):
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = self.calls(args, kwargs)
         kept = call.kept_logits
-        images = call.pictures is not None or call.videos is not None or call.encoded
+        images = call.pixels is not None or call.videos is not None or call.encoded
         if images and call.cache is not None and isinstance(kept, int) and kept > 1:
             raise UnsupportedError(
                 f"logits_to_keep={kept} in a prefill says that {kept - 1} candidates of assisted "

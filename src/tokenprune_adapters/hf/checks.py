@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -24,9 +24,6 @@ _TOWER = (Call.pixels,)
 VERSION = library("transformers").release
 """Release of transformers that is installed, major and minor."""
 
-Encoders = Mapping[str, tuple[Argument[Any], ...]]
-"""Methods of the core that encode pictures, with the arguments that are read of their calls."""
-
 
 def check_transformers() -> None:
     """Refuse releases of transformers that are older than those tested."""
@@ -38,30 +35,6 @@ def check_transformers() -> None:
         )
 
 
-def check_model(parts: Anatomy, placement: Placement, encoders: Encoders) -> None:
-    """Refuse a model whose modules do not take what the hooks pass and read.
-
-    Args:
-        parts: the model's.
-        placement: where a stage is to act.
-        encoders: methods of the core that encode pictures.
-
-    Raises:
-        UnsupportedError: an argument is missing, or some decoder layers attend to a window. The
-            message has the version that was found, and those that were tested.
-    """
-    check_transformers()
-    # The core gets what it gives to the methods, and is read as well.
-    given = dict.fromkeys(argument for wanted in encoders.values() for argument in wanted)
-    _check(parts.core, (*_CORE, *given))
-    check_llm(parts.llm, layers=isinstance(placement, AfterLayer))
-    for tower in parts.towers:
-        _check(tower, _TOWER)
-    for name, wanted in encoders.items():
-        # A call may ask for other layers than those that are configured, which is refused.
-        check_method(parts, name, *wanted, Call.feature_layer)
-
-
 def check_family(family: Family, parts: Anatomy, placement: Placement) -> None:
     """Refuse a model of `family` whose modules do not take what the hooks pass and read."""
     check_transformers()
@@ -70,10 +43,18 @@ def check_family(family: Family, parts: Anatomy, placement: Placement) -> None:
             f"{family.name} needs transformers {'.'.join(map(str, family.oldest))} or newer, found "
             f"{library('transformers').found}: older ones hand over its features in another form"
         )
-    _check(parts.core, (*_CORE, *(sight.pixels for sight in family.sights)))
+    # The core gets what it gives to the methods, and is read as well.
+    given = [argument for sight in family.sights for argument in (sight.pixels, *sight.needs)]
+    _check(parts.core, (*_CORE, *given))
     check_llm(parts.llm, layers=isinstance(placement, AfterLayer))
+    # A call may ask for other layers than those that are configured, which is refused.
+    layer = (Call.feature_layer,) if parts.projector else ()
+    for tower in parts.towers if parts.projector else ():
+        _check(tower, _TOWER)
     for sight in family.sights:
-        check_method(parts, sight.encode, sight.pixels, *sight.needs)
+        check_method(parts, sight.encode, sight.pixels, *sight.needs, *layer)
+    for name, wanted in family.methods:
+        check_method(parts, name, *wanted)
 
 
 def check_method(parts: Anatomy, name: str, *wanted: Argument[Any]) -> None:

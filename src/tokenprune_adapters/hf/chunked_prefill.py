@@ -44,7 +44,7 @@ class RefuseLostImages(NotCopyable):
         if ids is None or ids.shape[1] < 2 or cache is None or state_of(cache) is not None:
             return
         encoded = call.encoded or {}
-        pixels = {"image": call.pictures, "video": call.videos}
+        pixels = {"image": call.pixels, "video": call.videos}
         for kind in _KINDS:
             given = encoded.get(kind) is not None or pixels[kind] is not None
             if not given and bool(self.parts.placeholders(ids, kind).any()):

@@ -9,31 +9,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from tokenprune.budget import Per
-from tokenprune.errors import UnsupportedError
+from tokenprune.errors import MissingSignalError, UnsupportedError
 from tokenprune.hooks import NotCopyable, Removable
-from tokenprune.kept_patches import Kind, Origin
-from tokenprune.plan import Plan
+from tokenprune.placement import Newline
 from tokenprune.report import Record
-from tokenprune.signals import Signal, Signals
-from tokenprune.strategy import Reduction, Strategy
+from tokenprune.signals import Signals
 from tokenprune.to_device import sent
-from tokenprune.tokens import VisualTokens
 
-from ..kit.before_projector import Ids, Sizes
-from ..kit.fingerprint import fingerprint
 from ..kit.method_wrapper import wrap_method
 from .anatomy import Anatomy
+from .before_projector import BeforeProjector
+from .behind_projector import BehindProjector, flat_of
 from .family import Encoded, Sight
 from .llm.image_slots import Images
-from .llm.signal_cache import SignalCache
+from .llm.signal_cache import Held, SignalCache
 from .names import Call, Signature
-from .outputs import Output, with_fields
-from .slots import Slots
-from .tower_attention import ReadTower
+from .outputs import Output
+from .rows import Row, divides, rows_of
+
+_NOTED = "tokenprune_crops"
+"""Attribute of what was encoded: how many crops or frames each picture or video has."""
 
 
 @dataclass(eq=False)
@@ -43,20 +41,20 @@ class Encoders(NotCopyable):
     Attributes:
         parts: the parts of the model.
         sights: the kinds of picture that it takes.
-        strategy: for the tokens of each row; None keeps them all.
+        reduce: reduces what is encoded.
         record: where to note what was done.
         later: where stages inside the language model find what is known of rows; or None.
-        reader: reads the tower's attention; or None.
-        per: what budgets are for; ``"frame"`` takes rows of videos apart.
+        per: what budgets are for.
+        newline: what becomes of newline tokens.
     """
 
     parts: Anatomy
     sights: tuple[Sight, ...]
-    strategy: Strategy | None
+    reduce: BeforeProjector | BehindProjector
     record: Record
     later: SignalCache | None
-    reader: ReadTower | None
     per: Per = "image"
+    newline: Newline = "keep"
     _local: threading.local = field(default_factory=threading.local)
 
     def install(self) -> Iterator[Removable]:
@@ -66,6 +64,7 @@ class Encoders(NotCopyable):
             yield from wrap_method(self.parts.core, sight.encode, around)
         yield self.parts.core.register_forward_pre_hook(self._over)
         yield self.parts.core.register_forward_hook(self._over, always_call=True)
+        yield from self.reduce.install()
 
     def _over(self, core: nn.Module, *rest: object) -> None:
         """What is encoded next is of other prompts."""
@@ -76,68 +75,67 @@ class Encoders(NotCopyable):
         # A method for videos may call that for images: the outermost call decides.
         if getattr(self._local, "running", False):
             return call()
-        self._local.running = True
-        if self.reader is not None:
-            self.reader.begin(made)
-        try:
-            output = call()
-        finally:
-            self._local.running = False
-        if isinstance(output, tuple):  # of a caller's own; the model never takes one back
-            return output
-        return self._reduced(sight, made, output)
-
-    def _reduced(self, sight: Sight, call: Call, raw: Any) -> Any:
-        flat, back, elements = _flat(Output(raw).features)
-        encoded = Encoded(self.parts.core, call, elements)
-        patches = sight.patches_of(encoded)
-        origins = sight.origins_of(encoded, patches)
-        if self.per == "frame" and sight.frames is not None:
-            patches, origins = _by_frame(patches, origins)
-        slots = Slots.of(patches, flat.device)
-        if sum(slots.lengths) != len(flat):
-            raise UnsupportedError(
-                f"{sight.encode} of {type(self.parts.core).__name__} gave {len(flat)} features "
-                f"where its rows have {sum(slots.lengths)} slots"
-            )
-        seen = {} if self.reader is None else self.reader.take(encoded)
-        signals = Signals({each: _by_row(each, slots.take(x)) for each, x in seen.items()})
-        tokens = VisualTokens.of(
-            slots.take(flat),
-            mask=slots.mask,
-            lengths=slots.tokens,
-            patches=slots.patches[slots.index].masked_fill(~slots.mask, 0),
-            ids=lambda: _prints(sight, encoded, origins).to(flat.device),
-        )
-        if self.strategy is not None:
-            reduction = self._decide(sight.kind, tokens, signals, origins)
-            plan = reduction.plan
-            if plan.members is not None or plan.lengths != slots.tokens:
-                flat = slots.reduced(flat, plan, -torch.inf)
-                raw = Output(raw).replaced(features=back(flat))
-                raw = _also_reduced(sight, raw, slots, plan)
-                tokens, signals = reduction.tokens, signals.reduce(plan)
-        if self.later is not None:
-            known: dict[Signal, Tensor] = {**signals, Ids(): tokens.ids, Sizes(): tokens.sizes}
-            self.later.put(torch.split(flat, slots.lengths), Signals(known), patches)
-        return raw
-
-    def _decide(
-        self, kind: Kind, tokens: VisualTokens, signals: Signals, origins: Sequence[Origin]
-    ) -> Reduction:
-        """Run the strategy, and note what it did."""
-        assert self.strategy is not None
-        with self.record.selecting(tokens.features.device):
-            reduction = self.strategy(tokens, signals)
+        _refuse_missing(sight, made)
         # Pictures and videos of the same prompts come in a call each.
         kinds: frozenset[str] = getattr(self._local, "kinds", frozenset())
-        joins = bool(kinds) and kind not in kinds
-        self._local.kinds = kinds | {kind} if joins else frozenset({kind})
-        with self.record.same_call() if joins else nullcontext():
-            self.record.decided(reduction, origins)
-            if self.later is None:
-                self.record.counted(tokens.lengths, {0: reduction.plan.lengths}, origins)
-        return reduction
+        joins = bool(kinds) and sight.kind not in kinds
+        self._local.running = True
+        try:
+            with self.record.same_call() if joins else nullcontext():
+                self.reduce.begin(sight, Encoded(self.parts.core, made, (), self.per))
+                output = call()
+                # A tuple is of a caller's own; the model never takes one back.
+                if not isinstance(output, tuple):
+                    output = self._reduced(sight, made, output)
+        finally:
+            self._local.running = False
+            self.reduce.over()
+        self._local.kinds = kinds | {sight.kind} if joins else frozenset({sight.kind})
+        return output
+
+    def _reduced(self, sight: Sight, call: Call, raw: Any) -> Any:
+        flat, _, elements = flat_of(Output(raw).features)
+        encoded = Encoded(self.parts.core, call, elements, self.per)
+        patches = sight.told(encoded)
+        assert patches is not None  # by what `_refuse_missing` looks for
+        if sum(map(len, patches)) != len(flat):
+            raise UnsupportedError(
+                f"{sight.encode} of {type(self.parts.core).__name__} gave {len(flat)} features "
+                f"where its rows have {sum(map(len, patches))} slots"
+            )
+        crops = None if sight.crops is None else sight.crops(encoded)
+        rows = rows_of(sight, encoded, patches, crops)
+        raw, known = self.reduce(sight, encoded, raw, rows)
+        if self.newline == "drop" and sight.newlines:
+            raw = _without_newlines(raw, patches)
+        if self.later is not None:
+            self._put(sight, raw, rows, known, patches, crops)
+            # `generate` hands this to `forward` in place of the pixels.
+            setattr(raw, _NOTED, crops)
+        return raw
+
+    def _put(
+        self,
+        sight: Sight,
+        raw: Any,
+        rows: Sequence[Row],
+        known: Signals,
+        patches: Sequence[Tensor],
+        crops: Sequence[int] | None,
+    ) -> None:
+        """Leave what is known of rows, and of the whole of which they are parts, for `find`."""
+        assert self.later is not None
+        flat, _, _ = flat_of(Output(raw).features)
+        counts = [1] * len(patches) if crops is None else crops
+        held = list(map(Held, patches, counts))
+        wholes: list[tuple[Tensor, Held]] = []
+        if divides(sight, self.per):
+            whole = torch.split(flat, list(map(len, patches)))
+            # One that is not divided is among the rows.
+            wholes = [each for each in zip(whole, held, strict=True) if each[1].crops > 1]
+            held = [Held(row.patches, 1) for row in rows]
+        features = torch.split(flat, [len(row.slots) for row in rows])
+        self.later.put(features, known, held, wholes)
 
     def encode_now(self, call: Call) -> None:
         """Encode what the model would encode in a call of it, a moment earlier.
@@ -160,21 +158,39 @@ class Encoders(NotCopyable):
             call.encoded = encoded
 
     def find(self, ids: Tensor, call: Call) -> Images:
-        """The images and videos of a call of the model."""
+        """The images and videos of a call of the model, in the order of its prompts."""
+        encoded = call.encoded or {}
+        seen = [
+            (sight, self.parts.placeholders(ids, sight.kind), self._rows(sight, call, output))
+            for sight in self.sights
+            if (output := encoded.get(sight.kind)) is not None
+        ]
+        (sight, placeholders, rows), *videos = seen
+        if not videos and _alike(sight, rows):
+            return Images.alike(placeholders, len(rows), len(rows[0].slots))
+        for _, of_videos, theirs in videos:
+            placeholders = placeholders | of_videos
+            rows = _in_order(of_videos[placeholders].tolist(), rows, theirs)
+        return Images.of(placeholders, [row.patches for row in rows], [row.origin for row in rows])
+
+    def _rows(self, sight: Sight, call: Call, output: Any) -> list[Row]:
+        """The rows of what was encoded, in a call of the model that takes it."""
         assert self.later is not None
-        found: Images | None = None
-        for sight in self.sights:
-            output = (call.encoded or {}).get(sight.kind)
-            if output is None:
-                continue
-            flat, _, elements = _flat(Output(output).features)
-            given = Encoded(self.parts.core, call, elements)
-            patches = self.later.patches(torch.split(flat, sight.lengths_of(given)))
-            origins = sight.origins_of(given, patches)
-            here = Images.of(self.parts.placeholders(ids, sight.kind), patches, origins)
-            found = here if found is None else found.joined_with(here)
-        assert found is not None
-        return found
+        _, _, elements = flat_of(Output(output).features)
+        noted = getattr(output, _NOTED, None)
+        encoded = Encoded(self.parts.core, call, elements, self.per, noted)
+        patches = sight.told(encoded)
+        crops = None if sight.crops is None else sight.crops(encoded)
+        if patches is None or (crops is None and sight.crops is not None):
+            held = self.later.held(elements)
+            if held is not None:
+                patches, crops = [each.patches for each in held], [each.crops for each in held]
+        if patches is None:
+            raise MissingSignalError(
+                "image features did not come from the attached model, so it is not known which "
+                "patches they hold; pass pixel_values, not features of your own"
+            )
+        return rows_of(sight, encoded, patches, crops)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,78 +205,43 @@ class _Around:
         return self.encoders.encode(self.sight, Call(self.signature, (), dict(given)), call)
 
 
-def _also_reduced(sight: Sight, raw: Any, slots: Slots, plan: Plan) -> Any:
-    """`raw` with what goes the way of the features reduced alike."""
-    for also in sight.also:
-        name = also.name_in(raw)
-        if name is None:
-            raise also.missing_in(raw)
-        made = []
-        for layer in getattr(raw, name):
-            rows, back, _ = _flat(layer)
-            made.append(back(slots.reduced(rows, plan, 0.0)))
-        raw = with_fields(raw, {name: made})
-    return raw
+def _alike(sight: Sight, rows: Sequence[Row]) -> bool:
+    """Whether all rows are pictures with as many slots, each of which holds a patch."""
+    whole = sight.patches is None and sight.crops is None
+    return whole and len({len(row.slots) for row in rows}) == 1
 
 
-def _flat(features: Any) -> tuple[Tensor, Callable[[Tensor], Any], Sequence[Tensor]]:
-    """`(slots, channels)` of all elements, how to put them back, and the elements.
+def _in_order(of_video: Sequence[bool], pictures: list[Row], videos: list[Row]) -> list[Row]:
+    """Rows of pictures and videos in the order in which they stand in prompts.
 
-    Elements may have an axis of frames, or none where there is but one.
+    Args:
+        of_video: for each placeholder of either, in order, whether it is of a video.
+        pictures: in order.
+        videos: in order.
     """
-    if isinstance(features, Tensor):
-        shape = features.shape
-        whole = features.flatten(0, -2)
-        elements = [each.flatten(0, -2) for each in features] if features.ndim > 2 else [features]
-        return whole, lambda x: x.reshape(shape), elements
-    shapes, kind = [each.shape for each in features], type(features)
-    elements = [each.flatten(0, -2) for each in features]
-
-    def back(x: Tensor) -> Any:
-        parts = torch.split(x, [len(each) for each in elements])
-        return kind(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
-
-    return torch.cat(elements), back, elements
+    left = {False: iter(pictures), True: iter(videos)}
+    rows: list[Row] = []
+    start = 0
+    while start < len(of_video):
+        row = next(left[of_video[start]], None)
+        if row is None:  # more placeholders than features, of which the model complains
+            break
+        rows.append(row)
+        start += len(row.slots)
+    return rows
 
 
-def _by_row(signal: Signal, x: Tensor) -> Tensor:
-    """`(rows, tokens, ...)`, other axes in order, as `signal` has its axes."""
-    others = [axis for axis in signal.axes.split() if axis not in ("batch", "tokens")]
-    return rearrange(x, f"batch tokens {' '.join(others)} -> {signal.axes}")
-
-
-def _prints(sight: Sight, encoded: Encoded, origins: Sequence[Origin]) -> Tensor:
-    """`(rows,)` int64, which picture or frame each row shows."""
-    pixels, pictures = sight.pixels_of(encoded), len({each.number for each in origins})
-    if len(pixels) != pictures:
+def _refuse_missing(sight: Sight, call: Call) -> None:
+    missing = [str(each) for each in sight.needs if each.of(call) is None]
+    if missing:
         raise UnsupportedError(
-            f"{pictures} rows of {sight.encode} came from {len(pixels)} pictures; a family must "
-            "say which pixels are of which row"
+            f"{call.what} was called without {', '.join(missing)}, so it is not known which slots "
+            "are which patches; pass all that the model's processor gives"
         )
-    prints = fingerprint(pixels)
-    number, frame = torch.tensor([(each.number, each.crop) for each in origins], device="cpu").T
-    return prints[sent(number, prints.device)] + sent(frame * 0x9E3779B9, prints.device)
 
 
-def _by_frame(
-    patches: Sequence[Tensor], origins: Sequence[Origin]
-) -> tuple[list[Tensor], list[Origin]]:
-    """Rows of frames: the slots of each, patches counted over the frame, and what it shows.
-
-    Slots without a patch stay with the frame before them.
-    """
-    found: list[Tensor] = []
-    shown: list[Origin] = []
-    for patch, origin in zip(patches, origins, strict=True):
-        size = origin.patches_per_crop
-        if size is None:
-            raise UnsupportedError(
-                "per='frame' needs the pixels of a video: it is not known how many frames its "
-                "features have"
-            )
-        frame = torch.where(patch >= 0, patch // size, -1).cummax(0).values.clamp(min=0)
-        for number in range(int(frame.max()) + 1):
-            mine = patch[frame == number]
-            found.append(torch.where(mine >= 0, mine % size, -1))
-            shown.append(Origin(origin.number, origin.kind, crop=number))
-    return found, shown
+def _without_newlines(raw: Any, patches: Sequence[Tensor]) -> Any:
+    """The output with marks in place of newline tokens."""
+    flat, back, _ = flat_of(Output(raw).features)
+    newline = sent(torch.cat(list(patches)) < 0, flat.device)
+    return Output(raw).replaced(features=back(flat.masked_fill(newline[:, None], -torch.inf)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +13,11 @@ from .family import Encoded, Family, Sight, Tower
 from .names import Call
 from .outputs import Field, Output
 from .slot_patches import (
+    cls_of_frames,
     connected,
     crop_of,
+    frames_beside_cls,
+    frames_of_elements,
     frames_of_pixels,
     last_newline,
     merged_by_window,
@@ -40,17 +43,28 @@ def _hf(*names: str) -> tuple[str, ...]:
     return tuple(f"transformers.models.{at}.modeling_{at}.{name}" for at, name in pairs)
 
 
-IMAGES = Sight("image", "get_image_features", Call.pictures)
+IMAGES = Sight("image", "get_image_features", Call.pixels)
 """Pictures that come as elements of the features, one for each row of pixels."""
 
 
-def _anyres(packed: Callable[[Encoded], Packing]) -> Sight:
+def _anyres(packed: Callable[[Encoded], Packing | None]) -> Sight:
     """Pictures with a base view and tiles, packed by their sizes."""
+
+    def patches(encoded: Encoded) -> Sequence[Tensor] | None:
+        packing = encoded.once(packed)
+        return None if packing is None else packing.patches
+
+    def crops(encoded: Encoded) -> Sequence[int] | None:
+        packing = encoded.once(packed)
+        return None if packing is None else packing.crops
+
     return replace(
         IMAGES,
         needs=(Call.sizes,),
-        patches=lambda encoded: encoded.once(packed).patches,
+        patches=patches,
+        crops=crops,
         crop=crop_of,
+        newlines=True,
     )
 
 
@@ -63,9 +77,9 @@ def _qwen(also: tuple[Field[Any], ...] = ()) -> tuple[Sight, Sight]:
     images = Sight(
         "image",
         "get_image_features",
-        Call.pictures,
+        Call.pixels,
         (Call.image_grid,),
-        pictures=pictures_in_a_row(Call.pictures, Call.image_grid),
+        pictures=pictures_in_a_row(Call.pixels, Call.image_grid),
         also=also,
     )
     videos = replace(
@@ -75,7 +89,7 @@ def _qwen(also: tuple[Field[Any], ...] = ()) -> tuple[Sight, Sight]:
         pixels=Call.videos,
         needs=(Call.video_grid,),
         pictures=pictures_in_a_row(Call.videos, Call.video_grid),
-        frames=qwen_times,
+        crops=qwen_times,
     )
     return images, videos
 
@@ -94,9 +108,6 @@ def _qwen_tower(members: Any) -> Tower:
     return Tower(("visual.blocks",), members, attention="attn", fused="qkv")
 
 
-PIXTRAL = "PixtralVisionModel"
-"""Class of the tower with which a LLaVA model is a family of its own."""
-
 LLAVA_PIXTRAL = Family(
     "hf-llava",
     "LLaVA of transformers with a Pixtral tower",
@@ -105,7 +116,46 @@ LLAVA_PIXTRAL = Family(
     tower=_pixtral_tower(one_by_one),
 )
 
+LLAVA = Family(
+    "hf-llava",
+    "LLaVA of transformers, LLaVA-1.5 and its likes",
+    _hf("llava", "LlavaForConditionalGeneration"),
+    (IMAGES,),
+    projector="multi_modal_projector",
+    variants=(LLAVA_PIXTRAL,),
+)
+
+VIDEO_LLAVA = Family(
+    "hf-video-llava",
+    "Video-LLaVA of transformers (pictures and videos)",
+    _hf("video_llava", "VideoLlavaForConditionalGeneration"),
+    (
+        IMAGES,
+        Sight(
+            "video",
+            "get_video_features",
+            Call.videos,
+            patches=frames_beside_cls,
+            crops=frames_of_elements,
+            crop=crop_of,
+            beside=cls_of_frames,
+        ),
+    ),
+    towers=("image_tower", "video_tower"),
+    projector="multi_modal_projector",
+)
+
 FAMILIES = (
+    LLAVA,
+    Family(
+        "hf-llava-next",
+        "LLaVA-NeXT of transformers (pictures of any resolution)",
+        _hf("llava_next", "LlavaNextForConditionalGeneration"),
+        (_anyres(packed_crops),),
+        projector="multi_modal_projector",
+        methods=(("pack_image_features", (Call.sizes, Call.select)),),
+    ),
+    VIDEO_LLAVA,
     Family(
         "hf-qwen2-vl",
         "Qwen2-VL of transformers (pictures and videos)",
@@ -164,7 +214,8 @@ FAMILIES = (
                 "get_video_features",
                 Call.videos,
                 patches=last_newline,
-                frames=frames_of_pixels,
+                newlines=True,
+                crops=frames_of_pixels,
             ),
         ),
         tower=Tower(_LAYERS, pooled_by_halves, kinds=("siglip_vision_model",)),
@@ -175,7 +226,7 @@ FAMILIES = (
         _hf("llava_next_video", "LlavaNextVideoForConditionalGeneration"),
         (
             _anyres(packed_crops),
-            Sight("video", "get_video_features", Call.videos, frames=frames_of_pixels),
+            Sight("video", "get_video_features", Call.videos, crops=frames_of_pixels),
         ),
         tower=Tower(_LAYERS, pooled_by_squares, prefix=1, layer=-2, kinds=("clip_vision_model",)),
         oldest=(5, 24),
@@ -193,7 +244,7 @@ FAMILIES = (
             Sight(
                 "image",
                 "get_image_features",
-                Call.pictures,
+                Call.pixels,
                 rows=tiles_of_prompts,
                 pictures=pixels_of_tiles,
             ),

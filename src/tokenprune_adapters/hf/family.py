@@ -7,19 +7,16 @@ which slots share a budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.adapter import ModelAdapter
-from tokenprune.kept_patches import Kind, Origin
+from tokenprune.budget import Per
+from tokenprune.kept_patches import Kind
 from tokenprune.placement import Positions
-from tokenprune.plugins import ModelPlugin
-from tokenprune.trial import Trial
 
 from .anatomy import Anatomy, part
 from .names import Argument, Call
@@ -34,13 +31,19 @@ class Encoded:
 
     Attributes:
         core: the model without its head.
-        call: the call.
-        elements: `(slots, channels)` of each element of the features, in order.
+        call: the call, or the one of the model that takes what was encoded.
+        elements: `(slots, channels)` of each element of the features, in order; none before the
+            projector.
+        per: what budgets are for.
+        noted: crops or frames of each row, as the attached model noted them on what it encoded;
+            None where it did not.
     """
 
     core: Any
     call: Call
-    elements: Sequence[Tensor]
+    elements: Sequence[Tensor] = ()
+    per: Per = "image"
+    noted: Sequence[int] | None = None
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def once(self, make: Callable[[Encoded], T]) -> T:
@@ -55,7 +58,7 @@ class Encoded:
 class Sight:
     """Sight: a kind of picture that a family takes, images or videos.
 
-    A row is what shares a budget: a picture, a tile of one, or a video.
+    A row is a picture, a video, or a tile where nobody says which picture it is of.
 
     Attributes:
         kind: ``"image"`` or ``"video"``.
@@ -63,16 +66,21 @@ class Sight:
         pixels: argument that brings them.
         needs: other arguments that the method must take.
         rows: function that gives the number of slots of each row; None where each element of the
-            features is one.
+            features is one, or `patches` tells.
         patches: function that gives for each row `(slots,)` int64 on the CPU: the patch that each
-            slot is, counted over the row, or -1 for none; None where all are, in raster order.
+            slot is, counted over the row, or -1 for none; or None where a call does not tell. None
+            where all are, in raster order.
         pictures: function that gives the pixels of each row, `(rows, ...)`, zeros at the end
             changing nothing; None where the pixels are those already.
         also: fields of the output that go the way of the features (DeepStack), a list per layer.
-        frames: function that gives the number of frames of each row, in which its patches stand
-            one after the other, or None where a call does not tell; None for pictures.
-        crop: function that gives the number of patches of a crop, by which `patches` counts on from
-            crop to crop; None where a row is one crop.
+        crops: function that gives the number of crops of each picture, or of frames of each video,
+            whose patches are counted one after the other; or None where a call does not tell. None
+            where a row is one.
+        crop: function that gives the number of patches of a crop; None where all that are counted
+            are there, so that it follows.
+        newlines: whether slots without a patch are newlines, which may be dropped.
+        beside: function that gives the number of tokens in front of the patches of each crop that
+            enter the projector with them, and are no patches; None for none.
     """
 
     kind: Kind
@@ -80,21 +88,21 @@ class Sight:
     pixels: Argument[Any]
     needs: tuple[Argument[Any], ...] = ()
     rows: Callable[[Encoded], Sequence[int]] | None = None
-    patches: Callable[[Encoded], Sequence[Tensor]] | None = None
+    patches: Callable[[Encoded], Sequence[Tensor] | None] | None = None
     pictures: Callable[[Encoded], Tensor] | None = None
     also: tuple[Field[Any], ...] = ()
-    frames: Callable[[Encoded], Sequence[int] | None] | None = None
+    crops: Callable[[Encoded], Sequence[int] | None] | None = None
     crop: Callable[[Encoded], int] | None = None
+    newlines: bool = False
+    beside: Callable[[Any], int] | None = None
 
-    def lengths_of(self, encoded: Encoded) -> list[int]:
-        """Number of slots of each row."""
-        return list(map(len, encoded.elements) if self.rows is None else self.rows(encoded))
-
-    def patches_of(self, encoded: Encoded) -> list[Tensor]:
-        """The patch that each slot of each row is, see `patches`."""
+    def told(self, encoded: Encoded) -> list[Tensor] | None:
+        """The patch that each slot of each row is, see `patches`; None where nothing tells."""
         if self.patches is not None:
-            return list(self.patches(encoded))
-        return [torch.arange(slots, device="cpu") for slots in self.lengths_of(encoded)]
+            made = self.patches(encoded)
+            return None if made is None else list(made)
+        slots = map(len, encoded.elements) if self.rows is None else self.rows(encoded)
+        return [torch.arange(each, device="cpu") for each in slots]
 
     def pixels_of(self, encoded: Encoded) -> Tensor:
         """The pixels of each row."""
@@ -102,16 +110,6 @@ class Sight:
             return self.pictures(encoded)
         pixels: Tensor = self.pixels.of(encoded.call)
         return pixels
-
-    def origins_of(self, encoded: Encoded, patches: Sequence[Tensor]) -> list[Origin]:
-        """What each row shows."""
-        frames = None if self.frames is None else self.frames(encoded)
-        crop = None if self.crop is None else self.crop(encoded)
-        sizes: list[int | None] = [crop] * len(patches)
-        if frames is not None:
-            pairs = zip(patches, frames, strict=True)
-            sizes = [int((patch >= 0).sum()) // count for patch, count in pairs]
-        return [Origin(n, self.kind, patches_per_crop=size) for n, size in enumerate(sizes)]
 
 
 @dataclass(frozen=True)
@@ -157,11 +155,17 @@ class Family:
         sights: the kinds of picture it takes.
         llm: path from the core to the language model.
         towers: paths from the core to the modules that encode pixels.
-        tower: where their attention is read; None where it is not.
+        tower: where their attention is read; None where it is not, or where the towers have
+            adapters of their own.
+        projector: path from the core to a projector that works token by token on all that towers
+            with adapters give, so that what is dropped is not projected; empty where the reduction
+            is behind the projector.
         planes: what position ids count; several (M-RoPE) cannot be counted anew.
         oldest: release of transformers from which on it is as described here; by default all that
             are supported.
         tiles: whether a row is a tile of a picture, since nobody says which tiles a picture has.
+        methods: other methods of the core that are called, with arguments that they must take.
+        variants: families of the same classes with towers of other types, see `Tower.kinds`.
     """
 
     name: str
@@ -171,55 +175,35 @@ class Family:
     llm: str = "language_model"
     towers: tuple[str, ...] = ("vision_tower",)
     tower: Tower | None = None
+    projector: str = ""
     planes: Literal["one", "time, row and column"] = "one"
     tiles: bool = False
     oldest: tuple[int, int] = (0, 0)
+    methods: tuple[tuple[str, tuple[Argument[Any], ...]], ...] = ()
+    variants: tuple[Family, ...] = ()
 
     @property
     def positions(self) -> Positions:
         """Position ids before the language model where a placement leaves them open."""
         return "reindexed" if self.planes == "one" else "original"
 
+    @property
+    def divided(self) -> frozenset[Kind]:
+        """The kinds of picture that consist of crops or frames."""
+        return frozenset(sight.kind for sight in self.sights if sight.crops is not None)
+
+    def of(self, model: nn.Module) -> Family:
+        """This family, or the variant that `model` is by the type of its tower."""
+        config: Any = model.config
+        kind = config.vision_config.model_type if self.variants else ""
+        fits = (each for each in self.variants if each.tower and kind in each.tower.kinds)
+        return next(fits, self)
+
     def anatomy(self, model: nn.Module) -> Anatomy:
         """The parts of `model`."""
         core = part(model, "core", "model")
+        llm = part(core, "language model", self.llm)
+        part(llm, "decoder layers", "layers")
         towers = tuple(part(core, "vision tower", path) for path in self.towers)
-        return Anatomy(model, core, part(core, "language model", self.llm), towers, None)
-
-
-def family_plugin(
-    family: Family, trials: Callable[[], Iterable[Trial]] | None = None
-) -> ModelPlugin:
-    """What `tokenprune_models` yields for a family.
-
-    Args:
-        family: the family.
-        trials: function that gives tiny models for `tokenprune doctor`.
-    """
-    made, told = partial(_adapter, family), partial(facts_of, family)
-    return ModelPlugin(family.name, family.summary, made, family.classes, trials, told)
-
-
-def facts_of(family: Family) -> dict[str, str]:
-    """What models of a family can do, by heading."""
-    from .tower_attention import given_by
-
-    signals = sorted(each.__name__ for each in given_by(family.tower))
-    budgets = ["tile (per='crop')" if family.tiles else "picture"]
-    if any(sight.kind == "video" for sight in family.sights):
-        budgets += ["video", "frame before the LLM (per='frame')"]
-    since = ".".join(map(str, family.oldest)) + " or newer" if any(family.oldest) else "all"
-    return {
-        "takes": " and ".join(f"{sight.kind}s" for sight in family.sights),
-        "placements": "before-llm, after-layer",
-        "positions before the LLM": family.positions,
-        "signals of the tower": ", ".join(signals) or "none",
-        "budgets are for a": ", ".join(budgets),
-        "transformers": since,
-    }
-
-
-def _adapter(family: Family) -> ModelAdapter:
-    from .family_adapter import FamilyAdapter
-
-    return FamilyAdapter(family)
+        projector = part(core, "projector", self.projector) if self.projector else None
+        return Anatomy(model, core, llm, towers, projector)

@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from torch import nn
 
 from tokenprune.adapter import ModelAdapter
-from tokenprune.budget import Budgeted, Per
 from tokenprune.errors import UnsupportedError
 from tokenprune.hooks import Removable
 from tokenprune.observation import Attended
-from tokenprune.placement import BeforeLLM, Placement
+from tokenprune.placement import BeforeLLM, Newline, Placement
 from tokenprune.report import Record
-from tokenprune.signals import Signal
-from tokenprune.spec import shown
+from tokenprune.signals import ClsAttention, Signal
 from tokenprune.strategy import Stage
 
+from .anatomy import Anatomy
+from .before_projector import BeforeProjector, check_select_strategy, tower_adapter
+from .behind_projector import BehindProjector
+from .budgets import budgets_are_for
 from .checks import check_family
 from .chunked_prefill import lost_images_guard
 from .encoders import Encoders
@@ -28,10 +30,13 @@ from .watch_attention import WatchAttention
 
 
 class FamilyAdapter(ModelAdapter):
-    """Adapter that reduces what a model puts at placeholders, or after its layers, or both.
+    """Adapter that reduces pictures before the language model, or after its layers, or both.
 
-    What is reduced before the language model is what its method for pictures gives, behind the
-    projector, where each slot is a token.
+    The language model computes and caches, from each place on, the tokens kept there. Before it,
+    what is dropped is not projected either, where the projector works token by token; else what
+    the method for pictures gives is reduced, in which each slot is a token. Packing, unpadding and
+    newlines stay the model's own. Slots without a patch, such as newlines and a [CLS] that a model
+    shows, are kept and never counted.
 
     Args:
         family: the family of the models.
@@ -42,84 +47,76 @@ class FamilyAdapter(ModelAdapter):
 
     def provides(self, model: nn.Module, placement: Placement) -> frozenset[type[Signal]]:
         check_placement(model, placement)
-        check_family(self.family, self.family.anatomy(model), placement)
-        counted = getattr(placement, "positions", None) == "reindexed"
-        if counted and self.family.planes != "one":
+        family = self.family.of(model)
+        parts = family.anatomy(model)
+        check_family(family, parts, placement)
+        if getattr(placement, "positions", None) == "reindexed" and family.planes != "one":
             raise UnsupportedError(
-                f"positions of {type(model).__name__} have a {self.family.planes}, which cannot "
+                f"positions of {type(model).__name__} have a {family.planes}, which cannot "
                 "be counted anew where tokens are dropped; use positions='original', or leave it "
                 "out"
             )
-        if isinstance(placement, BeforeLLM) and placement.newline == "drop":
-            raise UnsupportedError(f"newline='drop' is not offered by {self.family.name}")
-        return readable(placement, given_by(self.family.tower))
+        newlines = any(sight.newlines for sight in family.sights)
+        if _newline(placement) == "drop" and not newlines:
+            raise UnsupportedError(
+                f"newline='drop' is not offered by {family.name}, whose pictures have no newlines"
+            )
+        if parts.projector is None:
+            return readable(placement, given_by(family.tower))
+        tower = parts.towers[0]  # several are made from one config
+        of_tower = tower_adapter(tower).provides(tower)
+        check_select_strategy(parts, has_cls=ClsAttention in of_tower)
+        return readable(placement, of_tower)
 
     def install(
         self, model: nn.Module, stages: tuple[Stage, ...], record: Record
     ) -> Iterator[Removable]:
-        parts = self.family.anatomy(model)
-        per = _per(self.family, stages)
+        family = self.family.of(model)
+        parts = family.anatomy(model)
+        per = budgets_are_for(family, stages)
         placed = Placed.of(stages, parts.llm)
         store = SignalCache(parts.core.get_input_embeddings().weight.dtype)
-        reader = None
-        if placed.of_tower:
-            assert self.family.tower is not None
-            reader = ReadTower(parts.core, self.family.tower, placed.of_tower)
-            yield from reader.install()
         later = store if placed.inside else None
-        encoders = Encoders(parts, self.family.sights, placed.strategy, record, later, reader, per)
+        newline: Newline = "keep" if placed.before is None else _newline(placed.before.placement)
+        reduce = _reduction(family, parts, placed, record)
+        encoders = Encoders(parts, family.sights, reduce, record, later, per, newline)
         if placed.before is not None or placed.inside:
             yield from encoders.install()
         find = FindImages(parts.core, encoders.find, encoders.encode_now)
         yield from placed.install(
-            parts, find, store, record, self.family.positions, self.family.planes != "one"
+            parts, find, store, record, family.positions, family.planes != "one"
         )
         yield from lost_images_guard(parts)
 
     def watch(self, model: nn.Module, attended: Attended) -> Iterator[Removable]:
         self.provides(model, BeforeLLM())
-        parts = self.family.anatomy(model)
+        family = self.family.of(model)
+        parts = family.anatomy(model)
         store = SignalCache(parts.core.get_input_embeddings().weight.dtype)
-        encoders = Encoders(parts, self.family.sights, None, Record(), store, None)
+        record = Record()
+        reduce = BehindProjector(None, record, followed=True, reader=None)
+        encoders = Encoders(parts, family.sights, reduce, record, store)
         yield from encoders.install()
         find = FindImages(parts.core, encoders.find, encoders.encode_now)
         yield from WatchAttention(parts, find, attended).install()
         yield from lost_images_guard(parts)
 
 
-def _per(family: Family, stages: tuple[Stage, ...]) -> Per:
-    """What budgets are for, which must be something that a family hands over."""
-    frames = any(sight.frames is not None for sight in family.sights)
-    found: set[Per] = set()
-    for stage in stages:
-        for step in stage.strategy.steps:
-            if not isinstance(step, Budgeted):
-                continue
-            found.add(step.per)
-            words = f"per={step.per!r} in {shown(step)!r}"
-            # None of a picture is none of a tile.
-            counts = isinstance(step.keep, int) and step.keep > 0
-            if family.tiles and step.per == "image" and counts:
-                raise UnsupportedError(
-                    f"{shown(step)!r} counts tokens of a picture, but {family.name} hands over "
-                    "tiles without saying which picture they are of; give per='crop', or keep as "
-                    "a fraction"
-                )
-            if step.per == "crop" and not family.tiles:
-                raise UnsupportedError(
-                    f"{words}: budgets of {family.name} are for a picture, or for a video over all "
-                    "its frames; use per='image', the default"
-                )
-            if step.per == "frame" and not frames:
-                raise UnsupportedError(f"{words}: {family.name} has no frames")
-            if step.per == "frame" and not isinstance(stage.placement, BeforeLLM):
-                raise UnsupportedError(
-                    f"{words}: inside the language model videos are all that is known; give a "
-                    "budget per image"
-                )
-    if "frame" in found and (len(found) > 1 or len(stages) > 1):
-        raise UnsupportedError(
-            "per='frame' cannot be combined with other budgets, or with stages after a layer; "
-            "give all steps per='frame', or none"
+def _newline(placement: Placement) -> Newline:
+    return placement.newline if isinstance(placement, BeforeLLM) else "keep"
+
+
+def _reduction(
+    family: Family, parts: Anatomy, placed: Placed, record: Record
+) -> BeforeProjector | BehindProjector:
+    """What reduces the features that are encoded."""
+    followed = bool(placed.inside)
+    if parts.projector is not None:
+        return BeforeProjector(
+            parts, family.sights, placed.strategy, record, followed, placed.of_tower
         )
-    return "frame" if "frame" in found else "image"
+    reader = None
+    if placed.of_tower:
+        assert family.tower is not None
+        reader = ReadTower(parts.core, family.tower, placed.of_tower)
+    return BehindProjector(placed.strategy, record, followed, reader)

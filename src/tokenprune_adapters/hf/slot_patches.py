@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.errors import UnsupportedError
 
-from .anatomy import patches_per_crop
+from .anatomy import patches_per_crop, select_strategy
 from .anyres import Packing, packed_by_grid
 from .family import Encoded
 from .names import Argument, Call
@@ -118,19 +118,23 @@ def tiles_of_prompts(encoded: Encoded) -> Sequence[int]:
 
 def pixels_of_tiles(encoded: Encoded) -> Tensor:
     """SmolVLM, Idefics3: prompts with fewer tiles than others have tiles of zeros."""
-    pixels = encoded.call.pixels.flatten(0, 1)
+    pixels: Tensor = encoded.call.pixels.flatten(0, 1)
     return pixels[pixels.flatten(1).any(1)]
 
 
-def packed_crops(encoded: Encoded) -> Packing:
-    """LLaVA-NeXT-Video: base view, and rows of tiles that end in newlines."""
+def packed_crops(encoded: Encoded) -> Packing | None:
+    """LLaVA-NeXT, -NeXT-Video: base view, and rows of tiles that end in newlines."""
     core = encoded.core
+    if encoded.call.sizes is None:  # `generate` does not hand them on
+        return None
     return Packing.of(core, _sizes(encoded.call), patches_per_crop(core.config))
 
 
-def packed_grid(encoded: Encoded) -> Packing:
+def packed_grid(encoded: Encoded) -> Packing | None:
     """LLaVA-OneVision: tiles may shrink, and one of several pictures of a prompt has none."""
     core, counts = encoded.core, encoded.call.pictures_of_prompts
+    if encoded.call.sizes is None:
+        return None
     sizes = _sizes(encoded.call)
     pictures = [1] * len(sizes) if counts is None else counts.tolist()
     whole = [count > 1 for count in pictures for _ in range(count)]
@@ -142,8 +146,9 @@ def _side(core: Any) -> int:
     return math.isqrt(patches_per_crop(core.config))
 
 
-def _unpacked(packing: Packing) -> Tensor:
+def _unpacked(packing: Packing | None) -> Tensor:
     """`(slots, 1)`: the patch that each slot of packed pictures is; any, for a newline."""
+    assert packing is not None  # the call is the one that encodes
     return torch.cat(packing.sources).clamp(min=0)[:, None]
 
 
@@ -202,6 +207,37 @@ def merged_of_any_size(encoded: Encoded) -> Tensor:
 def crop_of(encoded: Encoded) -> int:
     """Patches of a crop."""
     return patches_per_crop(encoded.core.config)
+
+
+def cls_of_frames(core: Any) -> int:
+    """Video-LLaVA: the projector gets [CLS] of each frame, where it does not of pictures."""
+    return 1 if select_strategy(core.config) == "default" else 0
+
+
+def frames_of_elements(encoded: Encoded) -> Sequence[int]:
+    """Video-LLaVA: an element is a frame, of all videos of a call."""
+    if encoded.call.videos is not None:
+        return [encoded.call.videos.shape[1]] * len(encoded.call.videos)
+    if encoded.noted is not None:
+        frames = encoded.noted[0]  # videos of a call are alike
+    elif encoded.per == "frame":
+        frames = 1  # nobody wants to know
+    else:
+        raise UnsupportedError(
+            "it is not known how many frames the encoded videos have: they did not come from the "
+            "attached model's own get_video_features; pass pixel_values_videos, or per='frame'"
+        )
+    return [frames] * (len(encoded.elements) // frames)
+
+
+def frames_beside_cls(encoded: Encoded) -> Sequence[Tensor]:
+    """Video-LLaVA: the patches of each frame, and [CLS] in front of them."""
+    size = crop_of(encoded)
+    one = torch.arange(-cls_of_frames(encoded.core), size, device="cpu")
+    return [
+        torch.where(one < 0, -1, one + torch.arange(frames, device="cpu")[:, None] * size).flatten()
+        for frames in encoded.once(frames_of_elements)
+    ]
 
 
 def last_newline(encoded: Encoded) -> Sequence[Tensor]:

@@ -13,35 +13,37 @@ from tokenprune.gather import gather_flat, zero_fillers
 from tokenprune.plan import Plan
 from tokenprune.to_device import numbers_on, sent
 
+from .rows import Row
+
 
 @dataclass(frozen=True, eq=False)
 class Slots:
     """Slots of all rows of a call, one after the other.
 
     Attributes:
-        lengths: slots of each row.
-        patches: `(slots,)` int64, the patch of its row that each is; -1 for none.
+        count: number of slots.
         index: `(rows, tokens)` int64, the slot of each token: of those with a patch.
         mask: `(rows, tokens)` bool, False where a row has fewer.
+        patches: `(rows, tokens)` int64, the patch of its row that each is; 0 where padded.
         tokens: number of tokens of each row.
     """
 
-    lengths: list[int]
-    patches: Tensor
+    count: int
     index: Tensor
     mask: Tensor
+    patches: Tensor
     tokens: tuple[int, ...]
 
     @classmethod
-    def of(cls, patches: Sequence[Tensor], device: torch.device) -> Slots:
-        """From the patch that each slot of each row is, on the CPU."""
-        lengths = list(map(len, patches))
-        slots = torch.split(torch.arange(sum(lengths), device="cpu"), lengths)
-        held = [each[patch >= 0] for each, patch in zip(slots, patches, strict=True)]
-        index = sent(pad_sequence(held, batch_first=True), device)
+    def of(cls, rows: Sequence[Row], device: torch.device) -> Slots:
+        """From rows on the CPU."""
+        held = [row.tokens for row in rows]
+        shown = [row.patches[row.patches >= 0] for row in rows]
+        index, patches = (pad_sequence(each, batch_first=True) for each in (held, shown))
+        index, patches = sent(torch.stack([index, patches]), device)
         tokens = tuple(map(len, held))
         mask = torch.arange(index.shape[1], device=device) < numbers_on(device, tokens)[:, None]
-        return cls(lengths, sent(torch.cat(list(patches)), device), index, mask, tokens)
+        return cls(sum(len(row.slots) for row in rows), index, mask, patches, tokens)
 
     def take(self, x: Tensor) -> Tensor:
         """`(slots, ...)` to `(rows, tokens, ...)`, zero where padded."""

@@ -20,7 +20,7 @@ from tokenprune.strategy import Stage, Strategy
 
 from .anatomy import Anatomy
 from .candidates_guard import RefuseCandidates
-from .llava_parts import SameParts, encode_untraced, hide_any_marks, hide_marks, keep_private
+from .core_hooks import SameParts, encode_untraced, hide_any_marks, hide_marks, keep_private
 from .llm.image_slots import Images
 from .llm.inner_stages import QueryAttention, ReduceInside
 from .llm.layer_hooks import install_between
@@ -141,7 +141,7 @@ class _TellPass(NotCopyable):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         call = self.calls(args, kwargs)
         ids = call.ids
-        if ids is not None and call.pictures is None and call.videos is None and not call.encoded:
+        if ids is not None and call.pixels is None and call.videos is None and not call.encoded:
             kwargs[TEXT] = True
             return args, kwargs
         if self.marks and ids is not None and call.mask is not None and ids.shape[1] > 1:
@@ -193,7 +193,7 @@ class FindImages(NotCopyable):
                 "a stage after a layer needs to see the prompt as a whole; chunked prefill cannot "
                 "be combined with it, drop prefill_chunk_size"
             )
-        pixels = [given for given in (call.pictures, call.videos) if given is not None]
+        pixels = [given for given in (call.pixels, call.videos) if given is not None]
         return self.images(ids, call) if encoded or any(map(len, pixels)) else None
 
 

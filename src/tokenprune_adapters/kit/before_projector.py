@@ -46,7 +46,8 @@ class ReduceBeforeProjector(NotCopyable):
         record: where to note what was done.
         later: function that takes projected features and what is known of the images, for stages
             inside the language model, which then count the tokens; or None.
-        arrange: how tokens of crops form rows that share a budget; None where a crop is a row.
+        arrange: function that says how tokens of crops form rows that share a budget, or None where
+            a crop is a row; None where each always is.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class ReduceBeforeProjector(NotCopyable):
         observation: Observation,
         record: Record,
         later: Callable[[Tensor, Signals], None] | None = None,
-        arrange: Callable[[], BudgetRows] | None = None,
+        arrange: Callable[[], BudgetRows | None] | None = None,
     ) -> None:
         self.strategy = strategy
         self.observation = observation
@@ -75,10 +76,9 @@ class ReduceBeforeProjector(NotCopyable):
 
     @untraced
     def _reduce(self, strategy: Strategy, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        features: Tensor = args[0]
-        seen, signals = self._seen(features)
+        whole: Tensor = args[0]
+        rows, features, (seen, signals) = self._arranged(whole)
         with self.record.selecting(features.device):
-            rows = self._rows(features)
             tokens, signals = rows.tokens(features, seen.given_ids), rows.signals(signals)
             reduction = strategy(tokens, signals)
         self.record.decided(reduction, rows.origins)
@@ -86,31 +86,37 @@ class ReduceBeforeProjector(NotCopyable):
         if self.later is None:
             self.record.counted(tokens.lengths, {0: plan.lengths}, rows.origins)
         if plan.members is None and plan.lengths == tokens.lengths:
-            return (carry(features, _Left(None, self._known(tokens, signals))), *args[1:])
-        kept = rows.index.gather(1, plan.anchors), plan.mask, (features.shape[0], features.shape[1])
+            # To the bit, the projector does what it always does.
+            return (carry(whole, _Left(None, self._known(tokens, signals))), *args[1:])
+        shape = features.shape[0], features.shape[1]
         known = self._known(reduction.tokens, signals.reduce(plan))
-        return (carry(reduction.tokens.features, _Left(kept, known)), *args[1:])
+        kept, index = reduction.tokens.features, rows.index.gather(1, plan.anchors)
+        left = _Left(_Kept(index, plan.mask, shape, rows.beside), known)
+        if rows.beside:
+            # One row of all tokens, those beside first: the projector does not care which is whose.
+            kept = torch.cat([whole[:, : rows.beside].flatten(0, 1), kept.flatten(0, 1)])[None]
+        return (carry(kept, left), *args[1:])
 
-    def _rows(self, features: Tensor) -> BudgetRows:
-        if self.arrange is None:
-            return BudgetRows.of_crops(features)
-        return self.arrange().to(features.device)
-
-    def _seen(self, features: Tensor) -> tuple[VisualTokens, Signals]:
+    def _arranged(self, whole: Tensor) -> tuple[BudgetRows, Tensor, tuple[VisualTokens, Signals]]:
+        """The rows, the features of patches, and what was seen of them."""
         if not self.observation.ready:
             raise MissingSignalError(
                 "the projector ran without the vision tower, so there are no scores to reduce by; "
                 "pass pixel_values, or detach to project features of your own"
             )
         seen, signals = self.observation.take()
-        _check_same(features, seen.features)
-        return seen, signals
+        arranged = None if self.arrange is None else self.arrange()
+        features = whole if arranged is None else whole[:, arranged.beside :]
+        if self.strategy is not None or signals:
+            _check_same(features, seen.features)
+        rows = BudgetRows.of_crops(features) if arranged is None else arranged.to(features.device)
+        return rows, features, (seen, signals)
 
     def after(self, projector: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         left = carried(args[0])
         if not isinstance(left, _Left):
             return None
-        features = output if left.kept is None else spread(output, *left.kept)
+        features = output if left.kept is None else left.kept.spread(output)
         if self.later is not None:
             self._leave(self.later, features, left.known)
         return features
@@ -122,11 +128,8 @@ class ReduceBeforeProjector(NotCopyable):
         if isinstance(known, Signals):
             later(features, known)
         elif self.observation.ready:
-            seen, signals = self.observation.take()
-            if signals:
-                _check_same(known, seen.features)
-            rows = self._rows(known)
-            tokens = rows.tokens(known, seen.given_ids)
+            rows, patches, (seen, signals) = self._arranged(known)
+            tokens = rows.tokens(patches, seen.given_ids)
             later(features, self._known(tokens, rows.signals(signals)))
 
     def _known(self, tokens: VisualTokens, signals: Signals) -> Signals:
@@ -137,16 +140,44 @@ class ReduceBeforeProjector(NotCopyable):
 
 
 @dataclass(frozen=True, eq=False)
+class _Kept:
+    """Where each row that is projected belongs.
+
+    Attributes:
+        index: see `marks.spread`.
+        mask: see `marks.spread`.
+        shape: number of crops, and number of patches of each.
+        beside: tokens in front of the patches of each crop, all of which come first.
+    """
+
+    index: Tensor
+    mask: Tensor
+    shape: tuple[int, int]
+    beside: int
+
+    def spread(self, output: Tensor) -> Tensor:
+        """`(crops, tokens, channels)`, with marks where nothing was kept."""
+        if not self.beside:
+            return spread(output, self.index, self.mask, self.shape)
+        crops, channels = self.shape[0], output.shape[2]
+        front, kept = output[0].tensor_split((crops * self.beside,))
+        patches = spread(
+            kept.reshape(*self.index.shape, channels), self.index, self.mask, self.shape
+        )
+        return torch.cat([front.reshape(crops, self.beside, channels), patches], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
 class _Left:
     """Value that the hook before the projector leaves for the hook after it.
 
     Attributes:
-        kept: where each row that is projected belongs (see `marks.spread`); None: as it stands.
+        kept: where each row that is projected belongs; None: as it stands.
         known: what stages inside the language model may want to know; features, where the tower
             has not been asked yet.
     """
 
-    kept: tuple[Tensor, Tensor, tuple[int, int]] | None
+    kept: _Kept | None
     known: Signals | Tensor
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -27,12 +27,15 @@ class BudgetRows:
         mask: `(rows, slots)` bool, False where padded; None where each row is a whole crop.
         patches_per_crop: number of patches of a crop.
         origins: picture, video, crop or frame that each row shows; none where each is a picture.
+        beside: number of tokens in front of the patches of each crop, such as [CLS], that enter a
+            projector with them: they are neither counted here nor reduced.
     """
 
     index: Tensor
     mask: Tensor | None
     patches_per_crop: int
     origins: tuple[Origin, ...] = ()
+    beside: int = 0
 
     @classmethod
     def of_crops(cls, features: Tensor) -> BudgetRows:
@@ -43,7 +46,11 @@ class BudgetRows:
 
     @classmethod
     def of(
-        cls, numbers: list[Tensor], patches_per_crop: int, origins: Sequence[Origin]
+        cls,
+        numbers: list[Tensor],
+        patches_per_crop: int,
+        origins: Sequence[Origin],
+        beside: int = 0,
     ) -> BudgetRows:
         """One row for each `(patches,)` int64, counted over all crops, and its origin.
 
@@ -55,12 +62,12 @@ class BudgetRows:
         index = pad_sequence(numbers, batch_first=True)
         lengths = numbers_on(index.device, [len(each) for each in numbers])
         mask = torch.arange(index.shape[1], device=index.device) < lengths[:, None]
-        return cls(index, mask, patches_per_crop, tuple(origins))
+        return cls(index, mask, patches_per_crop, tuple(origins), beside)
 
     def to(self, device: torch.device) -> BudgetRows:
         """The same on another device."""
         mask = None if self.mask is None else sent(self.mask, device)
-        return BudgetRows(sent(self.index, device), mask, self.patches_per_crop, self.origins)
+        return replace(self, index=sent(self.index, device), mask=mask)
 
     def tokens(self, features: Tensor, ids: Tensor | Maker) -> VisualTokens:
         """Visual tokens of `(crops, patches, channels)` features, in rows.

@@ -29,7 +29,8 @@ from tokenprune.strategy import Reducer, Stage, Strategy
 from tokenprune.tokens import VisualTokens
 
 from ..hf.anatomy import feature_layer, patches_per_crop
-from ..hf.llava_parts import check_budgets
+from ..hf.budgets import budgets_are_for
+from ..hf.families import LLAVA
 from ..kit.tower_reading import layers_of
 
 ARCHITECTURE = "TokenpruneLlavaForConditionalGeneration"
@@ -207,7 +208,7 @@ def _stage(spec: str) -> Stage:
             f"{len(stages)} stages before the LLM; join them into one: "
             + " | ".join(shown(stage.strategy) for stage in stages)
         )
-    check_budgets(stages)
+    budgets_are_for(LLAVA, stages)
     return stages[0]
 
 

@@ -54,8 +54,8 @@ from tokenprune import (
     VisualTokens,
 )
 from tokenprune_adapters.hf import chunked_prefill
-from tokenprune_adapters.hf.anatomy import Anatomy
 from tokenprune_adapters.hf.chunked_prefill import VERSION
+from tokenprune_adapters.hf.families import VIDEO_LLAVA
 
 STEPS = 5
 _shared = lru_cache(tiny_video_llava)
@@ -641,7 +641,7 @@ def test_a_static_cache_gives_the_same_tokens() -> None:
 @pytest.mark.parametrize(("row", "lost"), [(0, "images"), (1, "videos")])
 def test_placeholders_without_what_they_stand_for(model: Any, row: int, lost: str) -> None:
     """The guard of versions that lose videos, in every version."""
-    guard = chunked_prefill.RefuseLostImages(Anatomy.of(model))
+    guard = chunked_prefill.RefuseLostImages(VIDEO_LLAVA.anatomy(model))
     inputs = collate(prompts()[row : row + 1])
     call = {"input_ids": inputs["input_ids"], "past_key_values": DynamicCache()}
     with pytest.raises(UnsupportedError, match=f"placeholders came without their {lost}"):

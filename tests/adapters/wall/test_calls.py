@@ -13,7 +13,7 @@ import tokenprune
 from support.llava import IMAGE, collate, prompts, spec, tiny_llava
 from support.outputs import cache_argument, cache_of, shown_features
 from tokenprune import UnsupportedError
-from tokenprune_adapters.hf.anatomy import Anatomy
+from tokenprune_adapters.hf.families import LLAVA
 from tokenprune_adapters.hf.names import Call, Signature
 from tokenprune_adapters.hf.outputs import Output
 
@@ -209,4 +209,4 @@ def test_a_cache_is_found_by_either_name(llava: MakeLlava, name: str) -> None:
 
 def test_a_missing_part_is_named() -> None:
     with pytest.raises(UnsupportedError, match=r"Linear has no core \(looked for model\)"):
-        Anatomy.of(nn.Linear(1, 1))
+        LLAVA.anatomy(nn.Linear(1, 1))

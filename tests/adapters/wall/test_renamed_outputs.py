@@ -15,6 +15,8 @@ from support.outputs import cache_argument
 from tokenprune import UnsupportedError
 from tokenprune_adapters.hf.outputs import Field, Output
 
+from .test_renamed import with_method
+
 SHOWN = "image_outputs" if cache_argument() == "cache" else "image_hidden_states"
 INSIDE = "uniform | evict(4) @ after-layer(1)"
 
@@ -37,7 +39,7 @@ def renaming(role: str, old: str) -> Any:
         def encode_renamed(*args: Any, **kwargs: Any) -> Any:
             return renamed(encode(*args, **kwargs), old)
 
-        model.model.get_image_features = encode_renamed
+        with_method(model.model, "get_image_features", encode_renamed)
     else:
         module = {"core": model.model, "llm": model.model.language_model}[role]
         module.register_forward_hook(lambda module, args, output: renamed(output, old))

@@ -104,18 +104,6 @@ class Images:
             tuple(origins) or tuple(Origin(number) for number in range(len(slots))),
         )
 
-    def joined_with(self, others: Images) -> Images:
-        """These images and `others` of the same prompts, which come behind them in order."""
-        theirs = others.image >= 0
-        return replace(
-            self,
-            image=torch.where(theirs, others.image + len(self.slots), self.image),
-            patch=torch.where(theirs, others.patch, self.patch),
-            slots=self.slots + others.slots,
-            tokens=self.tokens + others.tokens,
-            origins=self.origins + others.origins,
-        )
-
     @property
     def visual(self) -> Tensor:
         """`(batch, slots)` bool: slots that hold a patch."""

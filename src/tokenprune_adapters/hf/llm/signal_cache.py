@@ -15,7 +15,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from tokenprune.errors import MissingSignalError
 from tokenprune.hooks import NotCopyable
 from tokenprune.kept_patches import Origin
 from tokenprune.signals import Signal, Signals
@@ -26,17 +25,30 @@ from .image_slots import Images, feature_prints
 
 
 @dataclass(frozen=True, eq=False)
+class Held:
+    """What the slots of an image hold.
+
+    Attributes:
+        patches: `(slots,)` int64 on the CPU, see `Images.of`.
+        crops: number of crops or frames, whose patches are counted one after the other.
+    """
+
+    patches: Tensor
+    crops: int
+
+
+@dataclass(frozen=True, eq=False)
 class _Image:
     """Signals that are known of one image.
 
     Attributes:
         signals: signals of the patches that are left, without an axis of images.
-        patches: `(slots,)` what its slots hold, see `Images.of`; None: in order.
+        held: what its slots hold; None: patches in order.
         times: how often it was among the images that it came with.
     """
 
     signals: dict[Signal, Tensor]
-    patches: Tensor | None
+    held: Held | None
     times: int
 
 
@@ -72,23 +84,26 @@ class SignalCache(NotCopyable):
         self,
         features: Tensor | Sequence[Tensor],
         signals: Signals,
-        patches: Sequence[Tensor] = (),
+        held: Sequence[Held] = (),
+        wholes: Sequence[tuple[Tensor, Held]] = (),
     ) -> None:
         """Remember what is known of some images.
 
         Args:
             features: projected, `(images, slots, channels)` or `(slots, channels)` of each.
             signals: signals of the patches that are left.
-            patches: what the slots of each image hold, see `Images.of`, where that differs.
+            held: what the slots of each image hold, where that differs.
+            wholes: features of videos of which these images are frames, with what they hold.
         """
-        prints = self._prints(features)
-        known = [
+        prints = self._prints([*(each for each, _ in wholes), *features] if wholes else features)
+        known = [_Image({}, each, 1) for _, each in wholes]
+        known += [
             _Image(
                 {s: answer[number] for s, answer in signals.items()},
-                patches[number] if patches else None,
+                held[number] if held else None,
                 1,
             )
-            for number in range(len(prints))
+            for number in range(len(prints) - len(wholes))
         ]
         with self._lock:
             self._pending.append((threading.current_thread(), prints, known))
@@ -152,20 +167,11 @@ class SignalCache(NotCopyable):
         times = {each: image.times for each, image in found if image is not None}
         return without_copies(images.origins, prints, rows, images.image.shape[0], times)
 
-    def patches(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """What the slots of images with these features hold.
-
-        Raises:
-            MissingSignalError: one of them did not come by here.
-        """
+    def held(self, features: Sequence[Tensor]) -> list[Held] | None:
+        """What the slots of images with these features hold; None if one did not come by here."""
         found = self._find(self._prints(features).tolist())
-        known = [each.patches for each in found if each.patches is not None]
-        if len(known) < len(features):
-            raise MissingSignalError(
-                "image features did not come from the attached model, so it is not known which "
-                "patches they hold; pass pixel_values, not features of your own"
-            )
-        return known
+        held = [each.held for each in found if each.held is not None]
+        return held if len(held) == len(features) else None
 
     def _prints(self, features: Tensor | Sequence[Tensor]) -> Tensor:
         """`(images,)` int64, one number per image, as `Images.printed` finds them."""

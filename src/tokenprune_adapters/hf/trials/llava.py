@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tokenprune.trial import Questions, Trial
 
 from ..anatomy import patches_per_crop
-from ..families import PIXTRAL
+from ..families import LLAVA, LLAVA_PIXTRAL
 from .chat import questions
 from .families import pixtral_trial
 from .prompts import Part, Pictures
@@ -65,5 +65,5 @@ def trials() -> Iterable[Trial]:
 def _questions(model: Any) -> Questions:
     """By the tower, which of a user's model may be any of these."""
     trial = pixtral_trial()
-    packed = type(model.model.vision_tower).__name__ == PIXTRAL
+    packed = LLAVA.of(model) is LLAVA_PIXTRAL
     return (trial.questions if packed else questions(LlavaPictures))(model)

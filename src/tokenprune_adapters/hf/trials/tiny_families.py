@@ -81,6 +81,24 @@ def _idefics(kind: str) -> Callable[..., Any]:
 
 
 TINY: dict[str, Callable[..., Any]] = {
+    "llava": partial(_model, "Llava", _CLIP, {"model_type": "llama"}, tie_word_embeddings=False),
+    "llava-next": partial(
+        _model,
+        "LlavaNext",
+        _CLIP,
+        {"model_type": "llama"},
+        tie_word_embeddings=False,
+        image_grid_pinpoints=_PINPOINTS,
+    ),
+    "video-llava": partial(
+        _model,
+        "VideoLlava",
+        _CLIP,
+        {"model_type": "llama"},
+        tie_word_embeddings=False,
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+    ),
     "qwen2-vl": partial(
         _model, "Qwen2VL", _QWEN_TOWER | {"embed_dim": 32, "mlp_ratio": 2}, _PLANES, **_QWEN
     ),

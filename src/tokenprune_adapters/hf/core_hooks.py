@@ -1,29 +1,20 @@
-"""Parts that adapters of LLaVA models share: checks of configs, towers and outputs."""
+"""Hooks around a model without its head: what callers see, what towers get, whether parts stay."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.adapter import TowerAdapter
-from tokenprune.budget import Budgeted
-from tokenprune.errors import AttachError, UnsupportedError
+from tokenprune.errors import AttachError
 from tokenprune.hooks import NotCopyable, Removable
-from tokenprune.plugins import registry
-from tokenprune.spec import shown
-from tokenprune.strategy import Stage
 from tokenprune.untraced import untraced
 
-from ..kit.before_projector import other_layer
 from ..kit.marks import marked
 from ..kit.method_wrapper import is_replaced, wrap_method
 from .anatomy import Anatomy
-from .checks import Encoders
-from .names import Call, Signature
 from .outputs import Output
 
 PRIVATE = "tokenprune_"
@@ -91,55 +82,8 @@ class SameParts(NotCopyable):
                 )
 
 
-def tower_adapter(tower: nn.Module) -> TowerAdapter:
-    """The adapter of the model's vision tower."""
-    known = registry()
-    return known.claiming(known.towers, tower, None).factory()
-
-
-def check_select_strategy(parts: Anatomy, has_cls: bool) -> None:
-    """Refuse a model whose projector gets anything but all patches of a picture."""
-    strategy, supported = parts.select_strategy, "default"
-    does = "keeps [CLS] among the patches"
-    if not has_cls:
-        does, supported = f"drops the first patch of a {type(parts.towers[0]).__name__}", "full"
-    if strategy != supported:
-        raise UnsupportedError(
-            f"vision_feature_select_strategy={strategy!r} {does}; only {supported!r} is supported"
-        )
-
-
 def encode_untraced(parts: Anatomy) -> Iterator[Removable]:
     """Wrappers that keep what encodes pictures and videos out of `torch.compile`."""
     for name in ("get_image_features", "get_video_features"):
         if hasattr(parts.core, name) and not is_replaced(parts.core, name):
             yield from wrap_method(parts.core, name, lambda call, arguments: call())
-
-
-def same_layers(parts: Anatomy, encoders: Encoders) -> Iterator[Removable]:
-    """Wrappers that refuse other feature layers in a call, where several are configured.
-
-    What reaches the projector tells a layer by its values, but several are concatenated.
-    """
-    if not parts.feature_layers:
-        return
-    for name in encoders:
-        signature = Signature.of(getattr(parts.core, name))
-        yield from wrap_method(parts.core, name, partial(_refuse_layers, parts, signature))
-
-
-def _refuse_layers(
-    parts: Anatomy, signature: Signature, call: Callable[[], Any], arguments: Mapping[str, Any]
-) -> Any:
-    asked = Call(signature, (), dict(arguments)).feature_layer
-    layers = tuple(asked) if isinstance(asked, (list, tuple)) else (asked,)
-    if asked is not None and layers != parts.feature_layers:
-        raise other_layer()
-    return call()
-
-
-def check_budgets(stages: tuple[Stage, ...]) -> None:
-    """Refuse budgets per frame in models that take pictures only."""
-    for step in (step for stage in stages for step in stage.strategy.steps):
-        if isinstance(step, Budgeted) and step.per == "frame":
-            raise UnsupportedError(f"per='frame' in {shown(step)!r}: this model has no frames")
