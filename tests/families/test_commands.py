@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageChops
 
 import tokenprune
-from support.families import FAMILIES, Tiny
+from support.families import FAMILIES, IMAGE, Tiny
 from support.family_checkpoints import saved
 from tokenprune.analysis.fate import DROPPED
 from tokenprune.batch import Answerer
@@ -69,11 +69,8 @@ def test_a_drawing_shows_what_is_kept_in_its_place(
         assert crop.size == picture.size
         low, high = zip(*ImageChops.difference(crop, picture).getextrema(), strict=True)
         assert max(high) <= 1, (low, high)
-    kept = {
-        (number + crop, patch)
-        for number, each in enumerate(report.kept)
-        for crop, patch in zip(each.crop, each.patch, strict=True)
-    }
+    (only,) = report.kept
+    kept = set(zip(only.crop, only.patch, strict=True))
     assert len(kept) == report.tokens_after == sum(image.after for image in report.images)
     slots = seen.fate(reduction).crops
     flat = [slot for crop in slots for slot in crop]
@@ -97,6 +94,32 @@ def test_a_drawing_shows_what_is_kept_in_its_place(
         part = drawn.crop((left, top, left + width - 6, top + height - 6)).convert("L")
         lit = part.histogram()[255]
         assert lit == square * sum(crop == number for crop, _ in kept)
+
+
+def test_a_budget_is_for_each_picture_of_a_prompt(
+    tiny: Tiny, loaded: Loaded, picture: Image.Image
+) -> None:
+    """Cut into however many tiles: by the prompt of the family's own processor."""
+    pictures = [picture, picture.resize((64, 16)), picture.resize((16, 16)).convert("L")]
+    pictures = [each.convert("RGB") for each in pictures]
+    about = {"role": "user", "content": []}
+    for n in range(3):
+        about["content"] += [{"type": "image"}, {"type": "text", "text": f"word{7 + n}"}]
+    text = loaded.processor.apply_chat_template([about], add_generation_prompt=True)
+    made = loaded.processor(images=pictures, text=text, return_tensors="pt")
+    before = {}
+    for where in ("before-llm", "after-layer(2)"):
+        with tokenprune.attach(loaded.model, f"random | evict(4) @ {where}") as pruned:
+            loaded.model.generate(**made, max_new_tokens=1, do_sample=False)
+        images = pruned.report.images
+        assert [each.after for each in images] == [4] * 3
+        before[where] = [each.before for each in images]
+        if tiny.split is not None:
+            assert [each % 16 for each in before[where]] == [0] * 3
+            assert sum(before[where]) == int((made["input_ids"] == IMAGE).sum())
+        if tiny.name == "idefics3":
+            assert len(set(before[where])) > 1
+    assert before["before-llm"] == before["after-layer(2)"]
 
 
 def test_merged_tokens_are_drawn_by_group(loaded: Loaded, picture: Image.Image) -> None:

@@ -22,6 +22,12 @@ def test_families_keep(tiny: Tiny, check: Callable[[FamilyCase], None]) -> None:
     check(case_of(tiny))
 
 
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("tiny", [each for each in FAMILIES if each.split], ids=lambda t: t.name)
+def test_families_keep_for_tiles(tiny: Tiny, check: Callable[[FamilyCase], None]) -> None:
+    check(case_of(tiny, per="crop"))
+
+
 def test_every_class_of_every_family_is_built() -> None:
     built = {type(tiny.make("sdpa")).__name__ for tiny in FAMILIES if tiny.family is None}
     shipped = [family for family in SHIPPED if family.oldest <= VERSION]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from support.families import FAMILIES, case_of
 from tokenprune import UnsupportedError
-from tokenprune_adapters.hf import encoders, slot_patches, tower_attention
+from tokenprune_adapters.hf import call_images, encoders, slot_patches, tiles, tower_attention
 from tokenprune_adapters.hf.contract import CHECKS
 from tokenprune_adapters.hf.llm import (
     deepstack,
@@ -86,7 +86,22 @@ def newlines_counted(patch: Patch) -> None:
 
 
 def videos_in_the_place_of_pictures(patch: Patch) -> None:
-    patch.setattr(encoders, "_in_order", lambda of_video, pictures, videos: videos + pictures)
+    patch.setattr(call_images, "_in_order", lambda of_video, pictures, videos: videos + pictures)
+
+
+def tiles_of_neighbours_joined(patch: Patch) -> None:
+    """The second picture of a prompt takes a tile of the first."""
+    original = tiles._runs
+
+    def runs(ids: Tensor, held: Tensor) -> Any:
+        return [
+            [each._replace(tokens=run[1 - at].tokens) for at, each in enumerate(run)]
+            if len(run) == 2
+            else run
+            for run in original(ids, held)
+        ]
+
+    patch.setattr(tiles, "_runs", runs)
 
 
 def nested_encoders_reduce_twice(patch: Patch) -> None:
@@ -130,6 +145,8 @@ COMPUTED = [
     ),
     (newlines_counted, "llava-onevision", BY["f3"]),
     (videos_in_the_place_of_pictures, "qwen2-vl", BY["f5"]),
+    (tiles_of_neighbours_joined, "internvl", BY["f3"]),
+    (tiles_of_neighbours_joined, "smolvlm", BY["f3"]),
     (nested_encoders_reduce_twice, "qwen3-vl", BY["f4"]),
     (nested_encoders_reduce_twice, "qwen3-vl", BY["f8"]),
     (

@@ -53,8 +53,8 @@ class Tiny:
 TEXT_ALONE = Row([1, 41, 42, 43, 44])
 
 
-def case_of(tiny: Tiny) -> FamilyCase:
-    """The case of the contract of families."""
+def case_of(tiny: Tiny, per: str = "image") -> FamilyCase:
+    """The case of the contract of families; ``per="crop"`` for tiles."""
     name = type(tiny.make("sdpa")).__name__
     claims = (each for each in SHIPPED if any(c.endswith(f".{name}") for c in each.classes))
     family = tiny.family or next(claims)
@@ -63,7 +63,7 @@ def case_of(tiny: Tiny) -> FamilyCase:
     rows: list[tuple[Any, int]] = [
         (part[0], slots)
         for part, count in whole
-        for slots in (tiny.split(count) if tiny.split else [count])
+        for slots in (tiny.split(count) if tiny.split and per == "crop" else [count])
     ]
     return FamilyCase(
         family,
@@ -72,7 +72,7 @@ def case_of(tiny: Tiny) -> FamilyCase:
         rows,
         lambda: collate(tiny, [Row([*tiny.rows[0].parts, 31, 32, 33])]),
         patches=None if tiny.patch is None else tiny.patch({}),
-        per="crop" if tiny.split else "image",
+        per=per,
         silent=SPECIAL,
         state=["rope_deltas"] if tiny.planes else [],
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from tokenprune.errors import UnsupportedError
 from tokenprune.hooks import NotCopyable, Removable
 from tokenprune.kept_patches import Origin
+from tokenprune.on_read import Maker
 from tokenprune.plan import Plan
 from tokenprune.report import Record
 from tokenprune.signals import Signal, Signals
@@ -63,19 +64,41 @@ class BehindProjector(NotCopyable):
         self, sight: Sight, encoded: Encoded, raw: Any, rows: Sequence[Row]
     ) -> tuple[Any, Signals]:
         """The output with marks, and what is known of the tokens that are left."""
-        flat, back, _ = flat_of(Output(raw).features)
+        flat, _, _ = flat_of(Output(raw).features)
         slots = Slots.of(rows, flat.device)
         seen = {} if self.reader is None else self.reader.take(encoded)
         signals = Signals({each: _by_row(each, slots.take(x)) for each, x in seen.items()})
+        origins = [row.origin for row in rows]
+
+        def ids() -> Tensor:
+            return _prints(sight, encoded, origins).to(flat.device)
+
+        return self.decide(sight, raw, slots, signals, ids, origins)
+
+    def decide(
+        self,
+        sight: Sight,
+        raw: Any,
+        slots: Slots,
+        signals: Signals,
+        ids: Tensor | Maker,
+        origins: Sequence[Origin | None],
+    ) -> tuple[Any, Signals]:
+        """The output with marks, and what is known of the tokens that are left.
+
+        Args:
+            sight: the kind of picture.
+            raw: the output.
+            slots: those of the rows.
+            signals: of the rows.
+            ids: `(rows,)` int64, which picture each shows, or what makes it.
+            origins: what each row shows; None for a copy, which is not noted.
+        """
+        flat, back, _ = flat_of(Output(raw).features)
         tokens = VisualTokens.of(
-            slots.take(flat),
-            mask=slots.mask,
-            lengths=slots.tokens,
-            patches=slots.patches,
-            ids=lambda: _prints(sight, encoded, rows).to(flat.device),
+            slots.take(flat), mask=slots.mask, lengths=slots.tokens, patches=slots.patches, ids=ids
         )
         if self.strategy is not None:
-            origins = [row.origin for row in rows]
             with self.record.selecting(flat.device):
                 reduction = self.strategy(tokens, signals)
             plan = reduction.plan
@@ -130,9 +153,8 @@ def _by_row(signal: Signal, x: Tensor) -> Tensor:
     return rearrange(x, f"batch tokens {' '.join(others)} -> {signal.axes}")
 
 
-def _prints(sight: Sight, encoded: Encoded, rows: Sequence[Row]) -> Tensor:
+def _prints(sight: Sight, encoded: Encoded, origins: Sequence[Origin]) -> Tensor:
     """`(rows,)` int64, which picture or frame each row shows."""
-    origins: list[Origin] = [row.origin for row in rows]
     pixels, pictures = sight.pixels_of(encoded), len({each.number for each in origins})
     if len(pixels) != pictures:
         raise UnsupportedError(

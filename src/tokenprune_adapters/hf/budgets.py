@@ -29,24 +29,15 @@ def budgets_are_for(family: Family, stages: tuple[Stage, ...]) -> Per:
         words, per = f"per={step.per!r} in {shown(step)!r}", step.per
         if per == "frame" and not frames:
             raise UnsupportedError(f"{words}: {family.name} has no frames")
-        if family.tiles:
-            # None of a picture is none of a tile.
-            if per == "image" and isinstance(step.keep, int) and step.keep > 0:
-                raise UnsupportedError(
-                    f"{shown(step)!r} counts tokens of a picture, but {family.name} hands over "
-                    "tiles without saying which picture they are of; give per='crop', or keep as "
-                    "a fraction"
-                )
-            continue
-        if per == "crop" and not cut:
+        if per == "crop" and not cut and not family.tiles:
             per = "frame" if frames else "image"
-        if per == "crop" and not isinstance(placement, BeforeLLM):
+        if per == "crop" and cut and not isinstance(placement, BeforeLLM):
             raise UnsupportedError(
                 f"{words}: inside the language model crops are packed into one sequence; give a "
                 "budget per image"
             )
         found.add(per)
-    if "crop" in found and inside:
+    if "crop" in found and cut and inside:
         raise UnsupportedError(
             "per='crop' before the LLM cannot be combined with stages after a layer; give a budget "
             "per image"

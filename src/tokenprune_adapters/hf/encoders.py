@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.budget import Per
-from tokenprune.errors import MissingSignalError, UnsupportedError
+from tokenprune.errors import UnsupportedError
 from tokenprune.hooks import NotCopyable, Removable
 from tokenprune.placement import Newline
 from tokenprune.report import Record
@@ -23,15 +23,13 @@ from ..kit.method_wrapper import wrap_method
 from .anatomy import Anatomy
 from .before_projector import BeforeProjector
 from .behind_projector import BehindProjector, flat_of
+from .call_images import NOTED
 from .family import Encoded, Sight
-from .llm.image_slots import Images
 from .llm.signal_cache import Held, SignalCache
 from .names import Call, Signature
 from .outputs import Output
 from .rows import Row, divides, rows_of
-
-_NOTED = "tokenprune_crops"
-"""Attribute of what was encoded: how many crops or frames each picture or video has."""
+from .tiles import Tiles
 
 
 @dataclass(eq=False)
@@ -46,6 +44,8 @@ class Encoders(NotCopyable):
         later: where stages inside the language model find what is known of rows; or None.
         per: what budgets are for.
         newline: what becomes of newline tokens.
+        tiles: where tiles wait for the prompts that tell their pictures; None where a row is what
+            has a budget.
     """
 
     parts: Anatomy
@@ -55,6 +55,7 @@ class Encoders(NotCopyable):
     later: SignalCache | None
     per: Per = "image"
     newline: Newline = "keep"
+    tiles: Tiles | None = None
     _local: threading.local = field(default_factory=threading.local)
 
     def install(self) -> Iterator[Removable]:
@@ -105,13 +106,16 @@ class Encoders(NotCopyable):
             )
         crops = None if sight.crops is None else sight.crops(encoded)
         rows = rows_of(sight, encoded, patches, crops)
+        if self.tiles is not None:
+            self.tiles.note(sight, encoded, raw, rows)
+            return raw
         raw, known = self.reduce(sight, encoded, raw, rows)
         if self.newline == "drop" and sight.newlines:
             raw = _without_newlines(raw, patches)
         if self.later is not None:
             self._put(sight, raw, rows, known, patches, crops)
             # `generate` hands this to `forward` in place of the pixels.
-            setattr(raw, _NOTED, crops)
+            setattr(raw, NOTED, crops)
         return raw
 
     def _put(
@@ -137,61 +141,6 @@ class Encoders(NotCopyable):
         features = torch.split(flat, [len(row.slots) for row in rows])
         self.later.put(features, known, held, wholes)
 
-    def encode_now(self, call: Call) -> None:
-        """Encode what the model would encode in a call of it, a moment earlier.
-
-        So stages inside the language model see the features, as they do where `generate` has
-        encoded them.
-        """
-        if call.encoded:
-            return
-        encoded: dict[str, Any] = {}
-        for sight in self.sights:
-            if sight.pixels.of(call) is not None:
-                method = getattr(self.parts.core, sight.encode)
-                taken = Signature.of(method).names & call.kwargs.keys()
-                encoded[sight.kind] = method(
-                    **{name: call.kwargs[name] for name in taken}, return_dict=True
-                )
-                sight.pixels.__set__(call, None)
-        if encoded:
-            call.encoded = encoded
-
-    def find(self, ids: Tensor, call: Call) -> Images:
-        """The images and videos of a call of the model, in the order of its prompts."""
-        encoded = call.encoded or {}
-        seen = [
-            (sight, self.parts.placeholders(ids, sight.kind), self._rows(sight, call, output))
-            for sight in self.sights
-            if (output := encoded.get(sight.kind)) is not None
-        ]
-        (sight, placeholders, rows), *videos = seen
-        if not videos and _alike(sight, rows):
-            return Images.alike(placeholders, len(rows), len(rows[0].slots))
-        for _, of_videos, theirs in videos:
-            placeholders = placeholders | of_videos
-            rows = _in_order(of_videos[placeholders].tolist(), rows, theirs)
-        return Images.of(placeholders, [row.patches for row in rows], [row.origin for row in rows])
-
-    def _rows(self, sight: Sight, call: Call, output: Any) -> list[Row]:
-        """The rows of what was encoded, in a call of the model that takes it."""
-        assert self.later is not None
-        _, _, elements = flat_of(Output(output).features)
-        noted = getattr(output, _NOTED, None)
-        encoded = Encoded(self.parts.core, call, elements, self.per, noted)
-        patches = sight.told(encoded)
-        crops = None if sight.crops is None else sight.crops(encoded)
-        if patches is None or (crops is None and sight.crops is not None):
-            held = self.later.held(elements)
-            if held is not None:
-                patches, crops = [each.patches for each in held], [each.crops for each in held]
-        if patches is None:
-            raise MissingSignalError(
-                "image features did not come from the attached model, so it is not known which "
-                "patches they hold; pass pixel_values, not features of your own"
-            )
-        return rows_of(sight, encoded, patches, crops)
-
 
 @dataclass(frozen=True, eq=False)
 class _Around:
@@ -203,32 +152,6 @@ class _Around:
 
     def __call__(self, call: Callable[[], Any], given: Mapping[str, Any]) -> Any:
         return self.encoders.encode(self.sight, Call(self.signature, (), dict(given)), call)
-
-
-def _alike(sight: Sight, rows: Sequence[Row]) -> bool:
-    """Whether all rows are pictures with as many slots, each of which holds a patch."""
-    whole = sight.patches is None and sight.crops is None
-    return whole and len({len(row.slots) for row in rows}) == 1
-
-
-def _in_order(of_video: Sequence[bool], pictures: list[Row], videos: list[Row]) -> list[Row]:
-    """Rows of pictures and videos in the order in which they stand in prompts.
-
-    Args:
-        of_video: for each placeholder of either, in order, whether it is of a video.
-        pictures: in order.
-        videos: in order.
-    """
-    left = {False: iter(pictures), True: iter(videos)}
-    rows: list[Row] = []
-    start = 0
-    while start < len(of_video):
-        row = next(left[of_video[start]], None)
-        if row is None:  # more placeholders than features, of which the model complains
-            break
-        rows.append(row)
-        start += len(row.slots)
-    return rows
 
 
 def _refuse_missing(sight: Sight, call: Call) -> None:

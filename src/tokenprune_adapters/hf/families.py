@@ -13,6 +13,8 @@ from .family import Encoded, Family, Sight, Tower
 from .names import Call
 from .outputs import Field, Output
 from .slot_patches import (
+    by_global_view,
+    by_run,
     cls_of_frames,
     connected,
     crop_of,
@@ -190,9 +192,9 @@ FAMILIES = (
     ),
     Family(
         "hf-internvl",
-        "InternVL of transformers; a tile is a row",
+        "InternVL of transformers (pictures in tiles)",
         _hf("internvl", "InternVLForConditionalGeneration"),
-        (IMAGES,),
+        (replace(IMAGES, joined=by_run),),
         tower=Tower(
             ("vision_tower.encoder.layer",),
             shuffled,
@@ -201,7 +203,6 @@ FAMILIES = (
             key="k_norm",
             prefix=1,
         ),
-        tiles=True,
     ),
     Family(
         "hf-llava-onevision",
@@ -233,7 +234,7 @@ FAMILIES = (
     ),
     Family(
         "hf-smolvlm",
-        "SmolVLM and Idefics3 of transformers; a tile is a row",
+        "SmolVLM and Idefics3 of transformers (pictures in tiles)",
         _hf(
             "smolvlm",
             "SmolVLMForConditionalGeneration",
@@ -247,12 +248,12 @@ FAMILIES = (
                 Call.pixels,
                 rows=tiles_of_prompts,
                 pictures=pixels_of_tiles,
+                joined=by_global_view,
             ),
         ),
         llm="text_model",
         towers=("vision_model",),
         tower=Tower(("vision_model.encoder.layers",), connected),
-        tiles=True,
     ),
     Family(
         "hf-vipllava",

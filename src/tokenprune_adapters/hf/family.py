@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +54,18 @@ class Encoded:
         return made
 
 
+class Run(NamedTuple):
+    """Run of placeholders in a prompt, and the token in front of it."""
+
+    tokens: int
+    before: int
+
+
 @dataclass(frozen=True)
 class Sight:
     """Sight: a kind of picture that a family takes, images or videos.
 
-    A row is a picture, a video, or a tile where nobody says which picture it is of.
+    A row is a picture, a video, or a tile where the prompt says which picture it is of.
 
     Attributes:
         kind: ``"image"`` or ``"video"``.
@@ -81,6 +88,9 @@ class Sight:
         newlines: whether slots without a patch are newlines, which may be dropped.
         beside: function that gives the number of tokens in front of the patches of each crop that
             enter the projector with them, and are no patches; None for none.
+        joined: function that gives, for the runs of placeholders of a prompt and the tokens of a
+            tile, the number of tiles of each picture, where a row is a tile; None where rows are
+            pictures or videos.
     """
 
     kind: Kind
@@ -95,6 +105,7 @@ class Sight:
     crop: Callable[[Encoded], int] | None = None
     newlines: bool = False
     beside: Callable[[Any], int] | None = None
+    joined: Callable[[Sequence[Run], int], Sequence[int]] | None = None
 
     def told(self, encoded: Encoded) -> list[Tensor] | None:
         """The patch that each slot of each row is, see `patches`; None where nothing tells."""
@@ -163,7 +174,6 @@ class Family:
         planes: what position ids count; several (M-RoPE) cannot be counted anew.
         oldest: release of transformers from which on it is as described here; by default all that
             are supported.
-        tiles: whether a row is a tile of a picture, since nobody says which tiles a picture has.
         methods: other methods of the core that are called, with arguments that they must take.
         variants: families of the same classes with towers of other types, see `Tower.kinds`.
     """
@@ -177,7 +187,6 @@ class Family:
     tower: Tower | None = None
     projector: str = ""
     planes: Literal["one", "time, row and column"] = "one"
-    tiles: bool = False
     oldest: tuple[int, int] = (0, 0)
     methods: tuple[tuple[str, tuple[Argument[Any], ...]], ...] = ()
     variants: tuple[Family, ...] = ()
@@ -191,6 +200,11 @@ class Family:
     def divided(self) -> frozenset[Kind]:
         """The kinds of picture that consist of crops or frames."""
         return frozenset(sight.kind for sight in self.sights if sight.crops is not None)
+
+    @property
+    def tiles(self) -> bool:
+        """Whether a row is a tile of a picture."""
+        return any(sight.joined is not None for sight in self.sights)
 
     def of(self, model: nn.Module) -> Family:
         """This family, or the variant that `model` is by the type of its tower."""

@@ -19,12 +19,14 @@ from .anatomy import Anatomy
 from .before_projector import BeforeProjector, check_select_strategy, tower_adapter
 from .behind_projector import BehindProjector
 from .budgets import budgets_are_for
+from .call_images import CallImages
 from .checks import check_family
 from .chunked_prefill import lost_images_guard
 from .encoders import Encoders
 from .family import Family
 from .llm.signal_cache import SignalCache
 from .stage_hooks import FindImages, Placed, check_placement, readable
+from .tiles import Tiles
 from .tower_attention import ReadTower, given_by
 from .watch_attention import WatchAttention
 
@@ -79,10 +81,13 @@ class FamilyAdapter(ModelAdapter):
         later = store if placed.inside else None
         newline: Newline = "keep" if placed.before is None else _newline(placed.before.placement)
         reduce = _reduction(family, parts, placed, record)
-        encoders = Encoders(parts, family.sights, reduce, record, later, per, newline)
+        tiles = _waiting(family, parts, reduce) if per == "image" else None
+        encoders = Encoders(parts, family.sights, reduce, record, later, per, newline, tiles)
+        images = CallImages(parts, family.sights, later, per, tiles)
         if placed.before is not None or placed.inside:
             yield from encoders.install()
-        find = FindImages(parts.core, encoders.find, encoders.encode_now)
+            yield from images.install()
+        find = FindImages(parts.core, images.find, images.encode_now)
         yield from placed.install(
             parts, find, store, record, family.positions, family.planes != "one"
         )
@@ -95,15 +100,28 @@ class FamilyAdapter(ModelAdapter):
         store = SignalCache(parts.core.get_input_embeddings().weight.dtype)
         record = Record()
         reduce = BehindProjector(None, record, followed=True, reader=None)
-        encoders = Encoders(parts, family.sights, reduce, record, store)
+        tiles = _waiting(family, parts, reduce)
+        encoders = Encoders(parts, family.sights, reduce, record, store, tiles=tiles)
+        images = CallImages(parts, family.sights, store, tiles=tiles)
         yield from encoders.install()
-        find = FindImages(parts.core, encoders.find, encoders.encode_now)
+        yield from images.install()
+        find = FindImages(parts.core, images.find, images.encode_now)
         yield from WatchAttention(parts, find, attended).install()
         yield from lost_images_guard(parts)
 
 
 def _newline(placement: Placement) -> Newline:
     return placement.newline if isinstance(placement, BeforeLLM) else "keep"
+
+
+def _waiting(
+    family: Family, parts: Anatomy, reduce: BeforeProjector | BehindProjector
+) -> Tiles | None:
+    """Where tiles wait for their prompts, of a family that encodes tiles."""
+    if not family.tiles:
+        return None
+    assert isinstance(reduce, BehindProjector)
+    return Tiles(parts, reduce, SignalCache(parts.core.get_input_embeddings().weight.dtype))
 
 
 def _reduction(

@@ -34,7 +34,9 @@ def facts_of(family: Family) -> dict[str, str]:
     if family.projector:
         signals = "those that the adapter of its tower gives"
         where = "before-llm (before the projector), after-layer"
-    budgets = ["tile (per='crop')" if family.tiles else "picture"]
+    budgets = ["picture"]
+    if family.tiles:
+        budgets.append("tile (per='crop')")
     if "image" in family.divided:
         budgets.append("tile before the LLM (per='crop')")
     if any(sight.kind == "video" for sight in family.sights):

@@ -17,7 +17,7 @@ from tokenprune.errors import UnsupportedError
 
 from .anatomy import patches_per_crop, select_strategy
 from .anyres import Packing, packed_by_grid
-from .family import Encoded
+from .family import Encoded, Run
 from .names import Argument, Call
 
 
@@ -120,6 +120,32 @@ def pixels_of_tiles(encoded: Encoded) -> Tensor:
     """SmolVLM, Idefics3: prompts with fewer tiles than others have tiles of zeros."""
     pixels: Tensor = encoded.call.pixels.flatten(0, 1)
     return pixels[pixels.flatten(1).any(1)]
+
+
+def by_run(runs: Sequence[Run], tile: int) -> list[int]:
+    """InternVL: the tiles of a picture stand next to each other.
+
+    >>> by_run([Run(32, before=7), Run(16, before=7)], 16)
+    [2, 1]
+    """
+    return [run.tokens // tile for run in runs]
+
+
+def by_global_view(runs: Sequence[Run], tile: int) -> list[int]:
+    """SmolVLM, Idefics3: a picture ends with its global view, as does the last one of a prompt.
+
+    What stands in front of one tells it from other tiles, which have their row and column there.
+
+    >>> by_global_view([Run(16, before=5), Run(16, before=6), Run(16, before=7)] * 2, 16)
+    [3, 3]
+    """
+    made, tiles = [], 0
+    for run in runs:
+        tiles += run.tokens // tile
+        if run.before == runs[-1].before:
+            made.append(tiles)
+            tiles = 0
+    return made
 
 
 def packed_crops(encoded: Encoded) -> Packing | None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.errors import MissingSignalError, UnsupportedError
+from tokenprune.errors import UnsupportedError
 from tokenprune.hooks import NotCopyable
 from tokenprune.placement import AfterLayer
 from tokenprune.plan import Plan
@@ -39,7 +39,7 @@ from .image_slots import Images, Seats
 from .kv_cache import difference, make_room, moved_down, state_of, total
 from .run import Run
 from .segment import Segment, Slots, enter
-from .signal_cache import SignalCache, fitted
+from .signal_cache import SignalCache, fitted, refuse_unknown
 from .text_attention import Prompts, last_rows, text_rows
 
 QueryAttention = LastQueryAttention | TextQueryAttention
@@ -140,16 +140,8 @@ class ReduceInside(NotCopyable):
             sizes=known.get(Sizes()),
             ids=known.get(Ids(), images.prints),
         )
-        missing = [
-            signal
-            for signal in strategy.signals - known.keys()
-            if not isinstance(signal, QueryAttention)
-        ]
-        if missing:
-            raise MissingSignalError(
-                f"{', '.join(map(repr, missing))} of an image is not known: its features did not "
-                "come from the attached vision tower; pass pixel_values, not features of your own"
-            )
+        of_tower = (each for each in strategy.signals if not isinstance(each, QueryAttention))
+        refuse_unknown(of_tower, known)
         self._read(run, images)
         rows = self._rows(run, start)
         reduction = strategy(tokens, Signals({**known, **rows}))

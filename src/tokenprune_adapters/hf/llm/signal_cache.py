@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from tokenprune.errors import MissingSignalError
 from tokenprune.hooks import NotCopyable
 from tokenprune.kept_patches import Origin
 from tokenprune.signals import Signal, Signals
@@ -163,15 +164,23 @@ class SignalCache(NotCopyable):
             prints: their fingerprints.
             rows: the prompt that each is in.
         """
+        batch = images.image.shape[0]
+        return without_copies(images.origins, prints, rows, batch, self.times(prints))
+
+    def times(self, prints: list[int]) -> dict[int, int]:
+        """How often each of these images was encoded; those that came by here."""
         found = zip(prints, self._look_up(prints), strict=True)
-        times = {each: image.times for each, image in found if image is not None}
-        return without_copies(images.origins, prints, rows, images.image.shape[0], times)
+        return {each: image.times for each, image in found if image is not None}
 
     def held(self, features: Sequence[Tensor]) -> list[Held] | None:
         """What the slots of images with these features hold; None if one did not come by here."""
-        found = self._find(self._prints(features).tolist())
+        found = self._find(self.numbers(features))
         held = [each.held for each in found if each.held is not None]
         return held if len(held) == len(features) else None
+
+    def numbers(self, features: Sequence[Tensor]) -> list[int]:
+        """Fingerprints of images with these features. One sync."""
+        return self._prints(features).tolist()
 
     def _prints(self, features: Tensor | Sequence[Tensor]) -> Tensor:
         """`(images,)` int64, one number per image, as `Images.printed` finds them."""
@@ -195,6 +204,16 @@ class SignalCache(NotCopyable):
                 for signal in known[0]
                 if all(signal in each for each in known)
             }
+        )
+
+
+def refuse_unknown(wanted: Iterable[Signal], known: Mapping[Signal, Tensor]) -> None:
+    """Refuse signals of features that no attached tower has made."""
+    missing = [signal for signal in wanted if signal not in known]
+    if missing:
+        raise MissingSignalError(
+            f"{', '.join(map(repr, missing))} of an image is not known: its features did not "
+            "come from the attached vision tower; pass pixel_values, not features of your own"
         )
 
 
