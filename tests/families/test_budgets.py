@@ -71,7 +71,7 @@ def test_tiles_whose_prompt_is_not_seen_are_refused(name: str) -> None:
     case = case_of(NAMED[name])
     model, inputs = case.build("sdpa"), dict(case.inputs((0,)))
     with tokenprune.attach(model, "uniform | evict(5)"):
-        with pytest.raises(UnsupportedError, match="drop prefill_chunk_size, or give budgets per"):
+        with pytest.raises(UnsupportedError, match="(drop|unset) prefill_chunk_size, or"):
             case.generate(model, inputs, 2, prefill_chunk_size=7)
         ids = inputs.pop("input_ids")
         embeds = model.get_input_embeddings()(ids)
@@ -82,8 +82,6 @@ def test_tiles_whose_prompt_is_not_seen_are_refused(name: str) -> None:
         mask = torch.ones_like(broken)
         with pytest.raises(UnsupportedError, match="a tile has 16 tokens, but 3 placeholders"):
             model(**inputs | {"input_ids": broken, "attention_mask": mask})
-        with pytest.raises(ValueError, match="do not match"):
-            model(**inputs | {"input_ids": ids[:, first + 1 :], "attention_mask": None})
 
 
 VIDEOS = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-onevision", "llava-next-video"]

@@ -11,6 +11,7 @@ from torch import Tensor
 import tokenprune
 from support.families import FAMILIES, SPECIAL, Tiny, case_of
 from tokenprune.spec import parse
+from tokenprune_adapters.hf.checks import VERSION
 from tokenprune_adapters.hf.trials.oracle import Cut, Oracle
 
 NAMED = {tiny.name: tiny for tiny in FAMILIES}
@@ -18,6 +19,7 @@ FRAMES = {"qwen2-vl": 2, "qwen2.5-vl": 2, "qwen3-vl": 2, "qwen3-vl-moe": 2}
 VIDEOS = [*FRAMES, "llava-onevision", "llava-next-video", "video-llava"]
 CROPS = ["llava-next", "llava-onevision", "llava-next-video"]
 STEPS = 3
+BEAMS = 1 if VERSION < (5, 23) else 2  # older releases encode the videos of each beam of Qwen
 
 
 def present(names: list[str]) -> list[str]:
@@ -97,7 +99,7 @@ def test_frames_are_told_after_generating(name: str) -> None:
         kept = []
         for where in ("before-llm", "after-layer(2)"):
             with tokenprune.attach(model, f"{spec} @ {where}") as attachment:
-                case.generate(model, inputs, 2, num_beams=2)
+                case.generate(model, inputs, 2, num_beams=BEAMS)
             kept += attachment.report.kept
         before, after = kept
         assert before == after

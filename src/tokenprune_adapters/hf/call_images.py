@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tokenprune.budget import Per
 from tokenprune.errors import MissingSignalError, UnsupportedError
 from tokenprune.hooks import NotCopyable, Removable
+from tokenprune.kept_patches import Origin
 from tokenprune.signals import Signals
 
 from .anatomy import Anatomy
@@ -178,8 +179,8 @@ class _Join(NotCopyable):
 
 def _alike(sight: Sight, rows: Sequence[Row]) -> bool:
     """Whether all rows are pictures with as many slots, each of which holds a patch."""
-    whole = sight.patches is None and not any(row.origin.patches_per_crop for row in rows)
-    return whole and len({len(row.slots) for row in rows}) == 1
+    whole = all(row.origin == Origin(number) for number, row in enumerate(rows))
+    return whole and sight.patches is None and len({len(row.slots) for row in rows}) == 1
 
 
 def _in_order(of_video: Sequence[bool], pictures: list[Row], videos: list[Row]) -> list[Row]:
