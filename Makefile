@@ -133,6 +133,8 @@ test-ray:  ## batch work on a real local Ray, and under torchrun
 
 test-eval:  ## the command of lmms-eval, end to end, on the shipped model
 
+test-quantised:  ## weights of bitsandbytes, torchao and quanto, on this machine's CPU
+
 test-vllm:  ## a real vLLM server of the shipped model, on this machine's CPU
 
 # vLLM pins torch, so its environment is no layer. Its builds for CPUs are packed by a third party,
@@ -157,6 +159,11 @@ VLLM_WORKS := "import vllm, vllm.model_executor.models.llava, torchvision"
 .venv-transformers-%/.ready: $(READY)
 	$(call layer,.venv-transformers-$*)
 	.venv-transformers-$*/bin/python -m pip install --quiet "transformers==$*.*"
+	touch $@
+
+.venv-quantised/.ready: $(READY)
+	$(call layer,.venv-quantised)
+	.venv-quantised/bin/python -m pip install --quiet bitsandbytes torchao optimum-quanto
 	touch $@
 
 .venv-mutants/.ready: $(READY)
