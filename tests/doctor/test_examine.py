@@ -24,6 +24,15 @@ DESCRIBED = tuple(
 )
 
 
+STATES = {
+    claim.rpartition(".")[2]
+    for each in FAMILIES
+    if each.states and each.name in DESCRIBED
+    for claim in each.classes
+}
+"""Classes after whose layers nothing is cut."""
+
+
 @pytest.fixture(scope="module")
 def found() -> Examination:
     return examine(only=(*OURS, *DESCRIBED))
@@ -43,7 +52,9 @@ ALL = [trial for plugin in (*OURS, *DESCRIBED) for trial in trials(plugin)]
 def test_every_comparison_agrees(found: Examination) -> None:
     assert [each for each in found.comparisons if each.outcome != "ok"] == []
     assert found.as_dict()["ok"] is True
-    assert all(each.gap is not None and each.gap < 1e-4 for each in found.comparisons)
+    for each in found.comparisons:
+        assert each.gap is not None
+        assert each.gap < (5e-4 if each.model in STATES else 1e-4)
 
 
 def test_every_class_is_compared_at_every_place(found: Examination) -> None:
@@ -60,6 +71,7 @@ def test_every_class_is_compared_at_every_place(found: Examination) -> None:
         if family.name in DESCRIBED and family.name not in OURS:
             llms |= {claim.rpartition(".")[2] for claim in family.classes}
     wanted = {(m, w) for m in llms for w in ("before the LLM", "after layer 2", "detached")}
+    wanted -= {(model, "after layer 2") for model in STATES}
     for tower, block in (("VisionTransformer of open_clip", 2), ("TimmModel of open_clip", 3)):
         wanted |= {(tower, f"after block {block}"), (tower, "detached")}
     assert made == wanted
@@ -67,7 +79,8 @@ def test_every_class_is_compared_at_every_place(found: Examination) -> None:
 
 def test_a_wrong_plan_moves_logits_by_more_than_one(found: Examination) -> None:
     compressed = [each for each in found.comparisons if each.spec]
-    assert len(compressed) == 2 * (len(ALL) - 2) + 2  # each LLM twice, each of two towers once
+    # Each LLM twice, those with states once, as each of two towers.
+    assert len(compressed) == 2 * (len(ALL) - 2) - len(STATES) + 2
     for each in compressed:
         assert each.sensitivity is not None
         assert each.sensitivity > 1, each
@@ -121,7 +134,9 @@ def test_by_hand_follows_the_text_and_the_shift(trial: Trial) -> None:
             right = cut.by_hand(answer.text, 0)
             assert right.shape == answer.logits.shape
             if not cut.spec:
-                torch.testing.assert_close(right, answer.logits, rtol=0, atol=1e-4)
+                # Linear attention adds up in chunks.
+                atol = 5e-4 if trial.name in STATES else 1e-4
+                torch.testing.assert_close(right, answer.logits, rtol=0, atol=atol)
                 continue
             assert float((right - answer.logits).abs().max()) > 0.5  # than with all tokens
             if answer.text.numel():

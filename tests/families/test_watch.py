@@ -9,9 +9,26 @@ import torch
 
 import tokenprune
 from support.families import FAMILIES, Tiny, case_of
+from tokenprune import UnsupportedError
 
 
 @pytest.mark.parametrize("tiny", FAMILIES, ids=lambda tiny: tiny.name)
+def test_layers_with_states_are_refused(tiny: Tiny) -> None:
+    case = case_of(tiny)
+    model = case.build("sdpa")
+    if not case.family.states:
+        tokenprune.attach(model, "uniform | evict(0.5) @ after-layer(2)").detach()
+        return
+    words = "has linear_attention layers.*nothing can be left out after a layer, nor be watched"
+    with pytest.raises(UnsupportedError, match=words):
+        tokenprune.attach(model, "uniform | evict(0.5) @ after-layer(2)")
+    with pytest.raises(UnsupportedError, match=words), tokenprune.watch(model):
+        pass
+
+
+@pytest.mark.parametrize(
+    "tiny", [each for each in FAMILIES if not case_of(each).family.states], ids=lambda t: t.name
+)
 def test_rows_are_those_of_the_eager_map(tiny: Tiny) -> None:
     case = case_of(tiny)
     inputs, plain = case.inputs((0, 1)), case.build("eager")

@@ -162,6 +162,8 @@ PROCESSORS: dict[str, tuple[Any, dict[str, str], str]] = {
     "qwen2.5-vl": (_qwen("Qwen2_5_VL"), QWEN, ""),
     "qwen3-vl": (_qwen("Qwen3VL"), QWEN, ""),
     "qwen3-vl-moe": (_qwen("Qwen3VL"), QWEN, ""),
+    "qwen3.5": (_qwen("Qwen3VL"), QWEN, ""),
+    "qwen3.5-moe": (_qwen("Qwen3VL"), QWEN, ""),
     "internvl": (_internvl, INTERN, "<IMG_CONTEXT>"),
     "llava-onevision": (_onevision, LLAVA, ""),
     "llava-next-video": (_next_video, LLAVA, ""),
@@ -192,6 +194,7 @@ def _tokenizer(names: dict[str, str]) -> Any:
         extra_special_tokens={name: token for name, token in names.items() if "token" in name},
     )
     made.add_tokens(kinds, special_tokens=True)
+    made.add_tokens([word for word in WORDS if word.startswith("word")])  # whole, to any class
     return made
 
 

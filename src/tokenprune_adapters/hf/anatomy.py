@@ -116,16 +116,26 @@ def makes_cache(llm: nn.Module, asked: bool | None) -> bool:
     return bool(wanted) and not (checkpoints and torch.is_grad_enabled())
 
 
-def has_windows(llm: nn.Module) -> str:
-    """Kinds of decoder layers that attend to a window; empty if there are none."""
+ATTENTION, RECURRENT = "full_attention", "linear_attention"
+"""Kinds of decoder layers that are served; the second has a state that runs along."""
+
+
+def odd_layers(llm: nn.Module) -> str:
+    """Kinds of decoder layers that are not served, such as windows; empty if there are none."""
     config: Any = llm.config
     kinds = set(getattr(config, "layer_types", None) or ())
     windowed = getattr(config, "sliding_window", None) and getattr(
         config, "use_sliding_window", True
     )
-    if kinds - {"full_attention"} or (not kinds and windowed):
-        return ", ".join(sorted(kinds)) or "sliding_window"
+    if kinds - {ATTENTION, RECURRENT} or (not kinds and windowed):
+        return ", ".join(sorted(kinds - {ATTENTION})) or "sliding_window"
     return ""
+
+
+def has_states(llm: nn.Module) -> bool:
+    """Whether some decoder layers have a state that runs along, in place of keys and values."""
+    config: Any = llm.config
+    return RECURRENT in (getattr(config, "layer_types", None) or ())
 
 
 def part(owner: Any, role: str, *paths: str) -> Any:

@@ -11,7 +11,7 @@ from tokenprune.errors import UnsupportedError
 from tokenprune.placement import AfterLayer, Placement
 from tokenprune.versions import library
 
-from .anatomy import Anatomy, has_windows
+from .anatomy import RECURRENT, Anatomy, has_states, odd_layers
 from .family import Family
 from .names import Argument, Call, Signature
 
@@ -41,7 +41,8 @@ def check_family(family: Family, parts: Anatomy, placement: Placement) -> None:
     if family.oldest > VERSION:
         raise UnsupportedError(
             f"{family.name} needs transformers {'.'.join(map(str, family.oldest))} or newer, found "
-            f"{library('transformers').found}: older ones hand over its features in another form"
+            f"{library('transformers').found}: older ones hand over other features, or have faults "
+            "of their own"
         )
     # The core gets what it gives to the methods, and is read as well.
     given = [argument for sight in family.sights for argument in (sight.pixels, *sight.needs)]
@@ -78,13 +79,18 @@ def check_llm(llm: nn.Module, layers: bool = True) -> None:
         layers: whether its decoder layers get other arguments, too.
     """
     _check(llm, _LLM)
-    windows = has_windows(llm)
-    if windows:
+    odd = odd_layers(llm)
+    if odd:
         raise UnsupportedError(
-            f"{type(llm).__name__} has {windows} layers; only full attention is supported, since "
-            "windows would count kept tokens only, and a state that runs along cannot skip tokens"
+            f"{type(llm).__name__} has {odd} layers; only full attention is supported, since "
+            "windows would count kept tokens only (and linear attention, before the LLM)"
         )
     if layers:
+        if has_states(llm):
+            raise UnsupportedError(
+                f"{type(llm).__name__} has {RECURRENT} layers, whose states run along the prompt, "
+                "so nothing can be left out after a layer, nor be watched; reduce before the LLM"
+            )
         found: Any = llm.layers
         for kind in {type(layer): layer for layer in found}.values():
             _check(kind, _LAYER)

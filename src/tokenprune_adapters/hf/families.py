@@ -191,6 +191,22 @@ FAMILIES = (
         planes="time, row and column",
     ),
     Family(
+        "hf-qwen3-5",
+        "Qwen3.5 of transformers, dense and MoE (pictures and videos)",
+        _hf(
+            "qwen3_5",
+            "Qwen3_5ForConditionalGeneration",
+            "qwen3_5_moe",
+            "Qwen3_5MoeForConditionalGeneration",
+        ),
+        _qwen(),
+        towers=("visual",),
+        tower=_qwen_tower(merged_in_a_row),
+        planes="time, row and column",
+        states=True,
+        oldest=(5, 23),  # older ones mix up the states of beams
+    ),
+    Family(
         "hf-internvl",
         "InternVL of transformers (pictures in tiles)",
         _hf("internvl", "InternVLForConditionalGeneration"),

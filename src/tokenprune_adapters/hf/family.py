@@ -172,6 +172,8 @@ class Family:
             with adapters give, so that what is dropped is not projected; empty where the reduction
             is behind the projector.
         planes: what position ids count; several (M-RoPE) cannot be counted anew.
+        states: whether some layers of the language model have a state that runs along (linear
+            attention), so that nothing can be left out after a layer.
         oldest: release of transformers from which on it is as described here; by default all that
             are supported.
         methods: other methods of the core that are called, with arguments that they must take.
@@ -187,6 +189,7 @@ class Family:
     tower: Tower | None = None
     projector: str = ""
     planes: Literal["one", "time, row and column"] = "one"
+    states: bool = False
     oldest: tuple[int, int] = (0, 0)
     methods: tuple[tuple[str, tuple[Argument[Any], ...]], ...] = ()
     variants: tuple[Family, ...] = ()

@@ -30,7 +30,7 @@ def facts_of(family: Family) -> dict[str, str]:
     from .tower_attention import given_by
 
     signals = ", ".join(sorted(each.__name__ for each in given_by(family.tower))) or "none"
-    where = "before-llm, after-layer"
+    where = "before-llm" if family.states else "before-llm, after-layer"
     if family.projector:
         signals = "those that the adapter of its tower gives"
         where = "before-llm (before the projector), after-layer"

@@ -25,7 +25,7 @@ def check_f1_a_full_budget_changes_no_bit(case: FamilyCase) -> None:
     model, inputs = case.build("sdpa"), case.inputs((0, 1))
     real = inputs["attention_mask"].bool()
     plain = _logits(model, inputs)[real]
-    for where in ("before-llm", "after-layer(1)"):
+    for where in _wheres(case, "after-layer(1)"):
         with tokenprune.attach(model, f"uniform | evict(1.0) @ {where}"):
             _require(torch.equal(_logits(model, inputs)[real], plain), case, f"{where} changes it")
 
@@ -35,7 +35,7 @@ def check_f2_detaching_restores_the_model(case: FamilyCase) -> None:
     model, inputs = case.build("sdpa"), case.inputs((0, 1))
     plain = _logits(model, inputs)
     before = Snapshot(model)
-    with tokenprune.attach(model, _before(case, 5), f"fastv | {_evict(case, 4)} @ after-layer(2)"):
+    with tokenprune.attach(model, _specs(case, f"fastv | {_evict(case, 4)} @ after-layer(2)")[-1]):
         _logits(model, inputs)
         case.generate(model, inputs, 2)
     left = [each for each in before.differences() if not any(own in each for own in case.state)]
@@ -45,7 +45,7 @@ def check_f2_detaching_restores_the_model(case: FamilyCase) -> None:
 
 def check_f3_eviction_is_that_of_the_plain_model(case: FamilyCase) -> None:
     """What is left of evicted prompts is computed as the plain model would without the rest."""
-    for layer in (0, 1, 3):
+    for layer in (0,) if case.family.states else (0, 1, 3):
         spec = f"uniform | {_evict(case, 5)} @ {_place(layer)}"
         _compare(case, spec, Cut(layer, _strategy("uniform | evict(5)")))
 
@@ -55,13 +55,16 @@ def check_f4_merging_is_that_of_the_plain_model(case: FamilyCase) -> None:
 
     Before a projector the features that are merged are a tower's, which the oracle does not see.
     """
-    for layer in (1,) if case.family.projector else (0, 1):
+    layers = (1,) if case.family.projector else (0, 1)
+    for layer in (0,) if case.family.states else layers:
         spec = f"{case.budget('tome', 5)} @ {_place(layer)}"
         _compare(case, spec, Cut(layer, _strategy("tome(5)")))
 
 
 def check_f5_text_ranks_as_in_the_plain_model(case: FamilyCase) -> None:
     """FastV keeps what the last token attends to most in eager maps, alone and in a schedule."""
+    if case.family.states:  # after whose layers nothing can be left out, which is refused
+        return
     fastv = f"fastv | {_evict(case, 4)} @ after-layer(2)"
     _compare(case, fastv, Cut(2, None, keep=4))
     later = f"fastv | {_evict(case, 3)} @ after-layer(3)"
@@ -72,7 +75,7 @@ def check_f5_text_ranks_as_in_the_plain_model(case: FamilyCase) -> None:
 def check_f6_a_prompt_is_pruned_alone_as_in_a_batch(case: FamilyCase) -> None:
     """Random scores are of the picture, whatever it is batched with."""
     model, batch = case.build("sdpa"), case.inputs((0, 1))
-    for where in ("before-llm", "after-layer(2)"):
+    for where in _wheres(case, "after-layer(2)"):
         with tokenprune.attach(model, f"random | {_evict(case, 5)} @ {where}"):
             together = _logits(model, batch)
             for number in range(2):
@@ -89,7 +92,7 @@ def check_f7_caches_beams_and_turns_are_those_of_no_cache(case: FamilyCase) -> N
     """Tokens are the same with a dynamic cache, a static one and none; a second turn goes on."""
     model, inputs = case.build("sdpa"), case.inputs((0, 1))
     after = f"uniform | {_evict(case, 4)} @ after-layer(2)"
-    for spec in (_before(case, 5), after, f"{_before(case, 5)}; {after}"):
+    for spec in _specs(case, after):
         with tokenprune.attach(model, spec):
             for beams in (1, 3):
                 say = partial(case.generate, model, inputs, 4, num_beams=beams)
@@ -108,7 +111,7 @@ def check_f8_reports_are_of_the_pictures(case: FamilyCase) -> None:
         sizes = [int((each >= 0).sum()) for each in case.patches]
     kinds = [kind for kind, _ in case.rows]
     expected = sorted((kind, min(5, size)) for kind, size in zip(kinds, sizes, strict=True))
-    for where in ("before-llm", "after-layer(2)"):
+    for where in _wheres(case, "after-layer(2)"):
         with tokenprune.attach(model, f"uniform | {_evict(case, 5)} @ {where}") as attachment:
             _logits(model, inputs)
         kept = attachment.report.kept
@@ -125,7 +128,7 @@ def check_f9_text_without_pictures_is_the_plain_models(case: FamilyCase) -> None
     plain, alone = _logits(model, mixed)[1, -slots:], _logits(model, text)
     said = case.generate(model, text, STEPS)
     after = f"fastv | {_evict(case, 4)} @ after-layer(2)"
-    for spec in (_before(case, 5), after, f"{_before(case, 5)}; {after}"):
+    for spec in _specs(case, after):
         with tokenprune.attach(model, spec):
             _close(case, _logits(model, mixed)[1, -slots:], plain, f"{spec}, beside a picture")
             _require(torch.equal(_logits(model, text), alone), case, f"{spec}, text alone")
@@ -205,6 +208,17 @@ def _evict(case: FamilyCase, keep: int) -> str:
 
 def _before(case: FamilyCase, keep: int) -> str:
     return f"uniform | {_evict(case, keep)} @ {_place(0)}"
+
+
+def _wheres(case: FamilyCase, after: str) -> tuple[str, ...]:
+    """Placements: before the LLM, and `after` where the family offers it."""
+    return ("before-llm",) if case.family.states else ("before-llm", after)
+
+
+def _specs(case: FamilyCase, after: str) -> tuple[str, ...]:
+    """A reduction before the LLM, the one `after` a layer, and both, where they are offered."""
+    before = _before(case, 5)
+    return (before,) if case.family.states else (before, after, f"{before}; {after}")
 
 
 def _place(layer: int) -> str:

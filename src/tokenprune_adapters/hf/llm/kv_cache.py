@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from tokenprune.errors import AttachError, UnsupportedError
@@ -18,6 +20,18 @@ from .cache_layers import (
 )
 
 _SERVED = (DynamicLayer, StaticLayer, ShortenedDynamicLayer, ShortenedStaticLayer)
+_STATES = getattr(cache_utils, "LinearAttentionLayer", ())
+"""Layer of a state that runs along: it holds nothing per token, so a short prompt is all it saw."""
+
+
+def storing(cache: Cache | None, start: int = 0) -> list[tuple[int, Any]]:
+    """Number and layer of all layers of `cache` that hold keys and values, from `start` on."""
+    layers = cache.layers if cache is not None else []
+    return [(n, each) for n, each in enumerate(layers) if n >= start and not _is_state(each)]
+
+
+def _is_state(layer: Any) -> bool:
+    return isinstance(layer, _STATES) and not isinstance(layer, DynamicLayer)
 
 
 def state_of(cache: Cache | None, number: int | None = None) -> Shortened | None:
@@ -25,8 +39,8 @@ def state_of(cache: Cache | None, number: int | None = None) -> Shortened | None
 
     What holds nothing yet has no state, though it may know of how much it will not hold.
     """
-    layers = cache.layers if cache is not None else []
-    layers = layers if number is None else layers[number : number + 1]
+    layers = [layer for _, layer in storing(cache, number or 0)]
+    layers = layers if number is None else layers[:1]
     known = (each for each in layers if isinstance(each, ShortenedLayer) and each.is_initialized)
     return next((layer.state for layer in known), None)
 
@@ -55,7 +69,7 @@ def check_cache(cache: Cache | None) -> None:
             "an offloaded cache cannot hold a shortened prompt: its layers move between devices "
             "on their own; use a DynamicCache without offloading"
         )
-    for layer in cache.layers if cache is not None else ():
+    for _, layer in storing(cache):
         if type(layer) not in _SERVED:
             raise UnsupportedError(
                 f"{type(layer).__name__} in {type(cache).__name__} cannot hold a shortened "
@@ -69,7 +83,7 @@ def check_starts(cache: Cache | None, starts: tuple[int, ...]) -> None:
 
     All layers between two starts must hold the same slots, since they share one mask.
     """
-    layers = cache.layers if cache is not None else []
+    layers = [layer for _, layer in storing(cache)]
     offsets = [layer.state.offset if isinstance(layer, ShortenedLayer) else 0 for layer in layers]
     found = {n for n in range(1, len(offsets)) if offsets[n] != offsets[n - 1]}
     if found - set(starts):
@@ -95,7 +109,7 @@ def note(cache: Cache, states: dict[int, Shortened]) -> None:
     refused at the first layer, not half-way.
     """
     state = states[0]
-    for number, layer in enumerate(cache.layers):
+    for number, layer in storing(cache):
         state = states.get(number, state)
         if not isinstance(layer, ShortenedLayer):
             cache.layers[number] = shortened(layer, state)
@@ -129,8 +143,7 @@ class Room:
     @classmethod
     def of(cls, cache: Cache | None, number: int) -> Room | None:
         """The room of layer `number`; None of a layer that grows."""
-        layers = cache.layers[number : number + 1] if cache is not None else []
-        for layer in layers:
+        for _, layer in storing(cache, number)[:1]:
             if isinstance(layer, StaticLayer):
                 physical = layer.max_cache_len if layer.is_initialized else None
                 return cls(layer.get_max_length(), physical)
@@ -157,7 +170,7 @@ def stored_bytes(cache: Cache | None) -> tuple[int, int]:
     static one of a shortened prompt stores what it has allocated.
     """
     stored = vanilla = 0
-    layers = cache.layers if cache is not None else []
+    layers = [layer for _, layer in storing(cache)]
     if any(type(layer) not in _SERVED or type(layer) is StaticLayer for layer in layers):
         return 0, 0
     for layer in layers:

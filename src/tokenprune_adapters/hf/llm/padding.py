@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokenprune.errors import UnsupportedError
 
 from ...kit.prompt_layout import samples
-from ..anatomy import attention_of, makes_cache
+from ..anatomy import ATTENTION, attention_of, makes_cache
 from ..names import Call
 from .position_planes import PLANES, inwards, of_text
 
@@ -84,8 +84,8 @@ class Padding:
             slots: `(batch, slots, ...)` of the pass.
         """
         shape = (slots.shape[0], slots.shape[1])
-        if isinstance(mask, Mapping) and len(mask) == 1:
-            (mask,) = mask.values()
+        if isinstance(mask, Mapping):
+            (mask,) = mask.values() if len(mask) == 1 else (mask.get(ATTENTION, mask),)
         if mask is None:
             return cls(None, None, past, shape)
         if not isinstance(mask, Tensor):

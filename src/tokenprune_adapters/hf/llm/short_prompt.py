@@ -24,7 +24,7 @@ from tokenprune.untraced import untraced
 from ...kit.carry import carried, carry
 from ...kit.marks import marked
 from ...kit.prompt_layout import PromptLayout
-from ..anatomy import attention_of
+from ..anatomy import ATTENTION, RECURRENT, attention_of, has_states
 from ..names import Call, Hooked, calls_of
 from ..outputs import Output
 from .cache_layers import Shortened
@@ -78,6 +78,7 @@ class ShortenPrompts(NotCopyable):
         self.to_layers = to_layers
         self.settle = settle
         self.planes = planes
+        self.states = has_states(llm)
 
     def install(self) -> Iterator[Removable]:
         """Yield the handles."""
@@ -207,6 +208,8 @@ class ShortenPrompts(NotCopyable):
         call.embeds = carry(embeds, run)
         call.positions = outwards(first.positions)
         call.mask = first.mask
+        if self.states:
+            call.mask = {ATTENTION: first.mask, RECURRENT: first.real}
         if self.to_layers and run.concerns_layers:
             call.kwargs[RUN] = run
         expect_update(cache)

@@ -124,6 +124,7 @@ _SEEN: dict[str, tuple[Callable[[Any], Seen], tuple[str, ...]]] = {
     "hf-qwen2-vl": (_packed, ("qwen2-vl",)),
     "hf-qwen2-5-vl": (_packed, ("qwen2.5-vl",)),
     "hf-qwen3-vl": (_packed, ("qwen3-vl", "qwen3-vl-moe")),
+    "hf-qwen3-5": (_packed, ("qwen3.5", "qwen3.5-moe")),
     "hf-internvl": (_tiles, ("internvl",)),
     "hf-llava-onevision": (_anyres, ("llava-onevision",)),
     "hf-llava-next-video": (_anyres, ("llava-next-video",)),
@@ -176,22 +177,28 @@ class _Masked:
         self.seen = seen
         self.model = model
         self.per = ", per='crop'" if family.tiles else ""
+        self.states = family.states
         self.inputs = self._collated()
 
     def questions(self) -> Questions:
         """A cut before the language model, one after a layer of it, and then none."""
         layer = min(LAYER, len(self.parts.layers) - 1)
-        keep = clear_budget(self._seen_by_the_last(layer - 1), self.model.dtype)
+        if self.states:  # after whose layers nothing can be cut
+            keep = min(int((each >= 0).sum()) for each in self.seen.patches) // 2
+        else:
+            keep = clear_budget(self._seen_by_the_last(layer - 1), self.model.dtype)
         evict = f"evict({keep}{self.per})"
         before = oracle.Cut(0, parse(f"uniform | evict({keep})").strategy)
         after = oracle.Cut(layer, None, keep)
         spread = f"uniform | {evict} @ before-llm(positions='original')"
         inside = f"fastv | {evict} @ after-layer({layer})"
-        cuts = (
+        cuts: tuple[Cut, ...] = (
             Cut("before the LLM", spread, partial(self._by_hand, (before,))),
             Cut(f"after layer {layer}", inside, partial(self._by_hand, (after,))),
             Cut("detached", "", partial(self._by_hand, ())),
         )
+        if self.states:
+            cuts = (cuts[0], cuts[-1])
         return Questions(lambda: answer(self.model, self.inputs), cuts)
 
     def _plain(self, cuts: Sequence[oracle.Cut], shift: int = 0) -> oracle.Oracle:

@@ -182,9 +182,14 @@ class Oracle:
 
         handles = [self.llm.register_forward_pre_hook(before, with_kwargs=True)]
         for number, layer in enumerate(self.llm.layers):
-            hook, keep = self._hooks(number, width)
+            attention = getattr(layer, "self_attn", None)
+            if attention is None:
+                hook, back = self._skipping(width)
+                handles.append(layer.register_forward_hook(back))
+            else:
+                hook, keep = self._hooks(number, width)
+                handles.append(attention.register_forward_hook(keep))
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-            handles.append(layer.self_attn.register_forward_hook(keep))
         try:
             yield
         finally:
@@ -204,6 +209,26 @@ class Oracle:
             self._maps.setdefault(number, output[1])
 
         return before, after
+
+    def _skipping(self, width: int) -> tuple[Any, Any]:
+        """Of a layer with a state, which no mask reaches: what is dropped is padding in front."""
+        orders: list[Tensor] = []
+
+        def moved(x: Tensor, by: Tensor) -> Tensor:
+            return x.gather(1, by[:, :, None].expand_as(x))
+
+        def before(layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            seen = self._seen[0]
+            columns = torch.cat([seen, seen.new_ones(len(seen), width - seen.shape[1])], dim=1)
+            order = columns.to(torch.uint8).argsort(dim=1, stable=True)
+            orders.append(order.argsort(dim=1))
+            kwargs["attention_mask"] = columns.gather(1, order)
+            return (moved(args[0], order), *args[1:]), kwargs
+
+        def back(layer: Any, args: Any, output: Tensor) -> Tensor:
+            return moved(output, orders.pop())
+
+        return before, back
 
 
 def _longer(inputs: Mapping[str, Any], token: Tensor) -> dict[str, Any]:

@@ -38,6 +38,22 @@ _QWEN3_TOWER = _QWEN_TOWER | {
     "deepstack_visual_indexes": [0, 2],
 }
 _QWEN3_TEXT = _PLANES | {"head_dim": 8}
+_QWEN35_TOWER = _QWEN_TOWER | {
+    "out_hidden_size": 32,
+    "intermediate_size": 48,
+    "num_position_embeddings": 64,
+}
+_QWEN35_TEXT: dict[str, Any] = {
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"] * 2 + ["linear_attention"],
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "rope_parameters": _PLANES["rope_parameters"]
+    | {"mrope_interleaved": True, "partial_rotary_factor": 1.0},
+}
+_SHARED = {"shared_expert_intermediate_size": 16}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _TOWER = {
     "hidden_size": 32,
@@ -70,7 +86,8 @@ def _model(
         attn_implementation=attention,
         **{"image_token_id": IMAGE} | more,
     )
-    with torch.random.fork_rng(devices=[]):  # of weights that are drawn anew
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # some of these weights are drawn anew, others are not
         return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
 
 
@@ -117,6 +134,10 @@ TINY: dict[str, Callable[..., Any]] = {
     ),
     "qwen3-vl": partial(_model, "Qwen3VL", _QWEN3_TOWER, _QWEN3_TEXT, **_QWEN),
     "qwen3-vl-moe": partial(_model, "Qwen3VLMoe", _QWEN3_TOWER, _QWEN3_TEXT | _EXPERTS, **_QWEN),
+    "qwen3.5": partial(_model, "Qwen3_5", _QWEN35_TOWER, _QWEN35_TEXT, **_QWEN),
+    "qwen3.5-moe": partial(
+        _model, "Qwen3_5Moe", _QWEN35_TOWER, _QWEN35_TEXT | _EXPERTS | _SHARED, **_QWEN
+    ),
     "internvl": partial(
         _model,
         "InternVL",
