@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from .markup import Html, join, tag
 
@@ -40,7 +40,7 @@ def figure(path: Path, caption: str = "") -> Html:
         with Image.open(path) as opened:
             width, height = opened.size
             said = str(opened.info.get("Description", ""))
-    except (UnidentifiedImageError, OSError):
+    except Exception:  # decoders raise whatever they like on damaged files; the browser may know
         width, height, said = 0, 0, ""
     kind = _TYPES[path.suffix.lower()]
     shown = tag(

@@ -15,6 +15,7 @@ from tokenprune.errors import MissingSignalError, UnsupportedError
 from tokenprune.hooks import NotCopyable, Removable
 from tokenprune.kept_patches import Origin
 from tokenprune.signals import Signals
+from tokenprune.untraced import untraced
 
 from .anatomy import Anatomy
 from .behind_projector import flat_of
@@ -57,6 +58,7 @@ class CallImages(NotCopyable):
             hook = _Join(self, self.tiles)
             yield self.parts.core.register_forward_pre_hook(hook.before, with_kwargs=True)
 
+    @untraced
     def encode_now(self, call: Call) -> None:
         """Encode what the model would encode in a call of it, a moment earlier.
 
@@ -115,6 +117,7 @@ class CallImages(NotCopyable):
             )
         return rows_of(sight, encoded, patches, crops)
 
+    @untraced
     def join(self, tiles: Tiles, call: Call) -> None:
         """Reduce pictures, of which a call brings tiles and prompts."""
         self.encode_now(call)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -83,20 +83,21 @@ class Encoders(NotCopyable):
         self._local.running = True
         try:
             with self.record.same_call() if joins else nullcontext():
-                self.reduce.begin(sight, Encoded(self.parts.core, made, (), self.per))
+                begun = Encoded(self.parts.core, made, (), self.per)
+                self.reduce.begin(sight, begun)
                 output = call()
                 # A tuple is of a caller's own; the model never takes one back.
                 if not isinstance(output, tuple):
-                    output = self._reduced(sight, made, output)
+                    output = self._reduced(sight, begun, output)
         finally:
             self._local.running = False
             self.reduce.over()
         self._local.kinds = kinds | {sight.kind} if joins else frozenset({sight.kind})
         return output
 
-    def _reduced(self, sight: Sight, call: Call, raw: Any) -> Any:
+    def _reduced(self, sight: Sight, begun: Encoded, raw: Any) -> Any:
         flat, _, elements = flat_of(Output(raw).features)
-        encoded = Encoded(self.parts.core, call, elements, self.per)
+        encoded = replace(begun, elements=elements)  # with what was made of it before
         patches = sight.told(encoded)
         assert patches is not None  # by what `_refuse_missing` looks for
         if sum(map(len, patches)) != len(flat):

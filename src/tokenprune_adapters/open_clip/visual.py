@@ -24,6 +24,7 @@ from tokenprune.report import Record
 from tokenprune.signals import Signal, Signals
 from tokenprune.strategy import Stage
 from tokenprune.tokens import VisualTokens
+from tokenprune.untraced import refuse_traces
 
 from ..kit.fingerprint import ids_of
 from ..kit.tower_reading import answers, layers_of
@@ -152,6 +153,7 @@ class _Step(NotCopyable):
                 "(forward_intermediates?), where tokens that are missing would be taken for "
                 "others; call the tower itself, or detach first"
             )
+        refuse_traces()
         self.vit.check_mask(kwargs)
         scratch, hidden = self.observation.scratch, self.vit.batched(args[0])
         front, patches = hidden[:, : self.vit.prefix], hidden[:, self.vit.prefix :]

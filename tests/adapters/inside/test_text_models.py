@@ -77,7 +77,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"head_dim": 8, "layer_types": ["full_attention"] * 3},
         "wants layer_type beside states and positions",
     ),
-    "Qwen3-Next, recurrent layers": ("Qwen3NextConfig", {}, "only full attention is supported"),
+    "Qwen3-Next, recurrent layers": (
+        "Qwen3NextConfig",
+        {},
+        "linear_attention layers, whose states run",
+    ),
 }
 
 
