@@ -120,7 +120,7 @@ def test_masks_are_made_where_the_prompt_is(attention: str) -> None:
 
 def test_what_is_known_is_brought_to_the_prints() -> None:
     features = torch.rand(2, 3, 4)
-    store = SignalCache(torch.float32)
+    store = SignalCache(lambda: torch.float32)
     store.put(features, Signals({ClsAttention(1): torch.rand(2, 1, 1, 3, device=META)}))
     with pytest.raises(NotImplementedError, match="out of meta"):
         store.get(feature_prints(features).tolist(), features.device)

@@ -103,3 +103,21 @@ def test_quantised_layers_are_pruned_as_the_oracle_says(name: str) -> None:
     BY["f3"](replace(case, build=build, tolerance=2e-4))
     model = build("sdpa")
     assert answers(case, model).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["llava", "llava-next", "qwen2.5-vl", "internvl"])
+def test_a_model_may_change_its_dtype_while_it_is_attached(name: str) -> None:
+    """Features are known again by what they are in the language model's own dtype."""
+    case = case_of(NAMED[name])
+    ranked = f"received-attention(layers=1) | {case.budget('evict', 3)} @ after-layer(2)"
+    stages = f"uniform | {case.budget('evict', 6)}; {ranked}"
+    inputs = case.inputs((0, 1))
+    model = case.build("sdpa").bfloat16().float()  # weights that both dtypes hold
+    with torch.no_grad():
+        with tokenprune.attach(model, stages):
+            wanted = model(**inputs).logits
+        model.bfloat16()
+        with tokenprune.attach(model, stages):
+            model.float()
+            got = model(**inputs).logits
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)

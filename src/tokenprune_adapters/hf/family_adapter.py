@@ -77,7 +77,7 @@ class FamilyAdapter(ModelAdapter):
         parts = family.anatomy(model)
         per = budgets_are_for(family, stages)
         placed = Placed.of(stages, parts.llm)
-        store = SignalCache(parts.core.get_input_embeddings().weight.dtype)
+        store = _store(parts)
         later = store if placed.inside else None
         newline: Newline = "keep" if placed.before is None else _newline(placed.before.placement)
         reduce = _reduction(family, parts, placed, record)
@@ -97,7 +97,7 @@ class FamilyAdapter(ModelAdapter):
         self.provides(model, BeforeLLM())
         family = self.family.of(model)
         parts = family.anatomy(model)
-        store = SignalCache(parts.core.get_input_embeddings().weight.dtype)
+        store = _store(parts)
         record = Record()
         reduce = BehindProjector(None, record, followed=True, reader=None)
         tiles = _waiting(family, parts, reduce)
@@ -114,6 +114,10 @@ def _newline(placement: Placement) -> Newline:
     return placement.newline if isinstance(placement, BeforeLLM) else "keep"
 
 
+def _store(parts: Anatomy) -> SignalCache:
+    return SignalCache(lambda: parts.core.get_input_embeddings().weight.dtype)
+
+
 def _waiting(
     family: Family, parts: Anatomy, reduce: BeforeProjector | BehindProjector
 ) -> Tiles | None:
@@ -121,7 +125,7 @@ def _waiting(
     if not family.tiles:
         return None
     assert isinstance(reduce, BehindProjector)
-    return Tiles(parts, reduce, SignalCache(parts.core.get_input_embeddings().weight.dtype))
+    return Tiles(parts, reduce, _store(parts))
 
 
 def _reduction(

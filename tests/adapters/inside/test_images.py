@@ -40,7 +40,7 @@ def test_padding_of_an_image_drops_nothing() -> None:
 
 def test_images_of_the_latest_two_calls_are_remembered() -> None:
     """Whatever the capacity, and also where one has come before."""
-    store, signal = SignalCache(torch.float32, capacity=1), ClsAttention(1)
+    store, signal = SignalCache(lambda: torch.float32, capacity=1), ClsAttention(1)
     pictures = torch.rand(3, 1, 4, 8, generator=torch.Generator().manual_seed(0))
 
     def put(*numbers: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
@@ -69,11 +69,12 @@ class SignalCache(NotCopyable):
     batch in a call each.
 
     Args:
-        dtype: dtype of the language model's embeddings, into which features are cast.
+        dtype: function that gives the dtype of the language model's embeddings, into which features
+            are cast; a model may change it while it is attached.
         capacity: images remembered of each thread, if two calls don't bring more.
     """
 
-    def __init__(self, dtype: torch.dtype, capacity: int = 64) -> None:
+    def __init__(self, dtype: Callable[[], torch.dtype], capacity: int = 64) -> None:
         self.dtype = dtype
         self.capacity = capacity
         self._of: WeakKeyDictionary[threading.Thread, _Remembered] = WeakKeyDictionary()
@@ -185,8 +186,8 @@ class SignalCache(NotCopyable):
     def _prints(self, features: Tensor | Sequence[Tensor]) -> Tensor:
         """`(images,)` int64, one number per image, as `Images.printed` finds them."""
         if isinstance(features, Tensor):
-            return feature_prints(features.to(self.dtype))
-        return feature_prints([each.to(self.dtype) for each in features])
+            return feature_prints(features.to(self.dtype()))
+        return feature_prints([each.to(self.dtype()) for each in features])
 
     def get(self, prints: list[int], device: torch.device) -> Signals:
         """What is known of all these images; nothing if one of them did not come by here.
