@@ -15,6 +15,7 @@ from support.families import FAMILIES, case_of
 from tokenprune import UnsupportedError
 from tokenprune_adapters.hf import call_images, encoders, slot_patches, tiles, tower_attention
 from tokenprune_adapters.hf.contract import CHECKS
+from tokenprune_adapters.hf.family import Encoded
 from tokenprune_adapters.hf.llm import (
     deepstack,
     layer_hooks,
@@ -108,7 +109,7 @@ def nested_encoders_reduce_twice(patch: Patch) -> None:
     """A method for videos calls that for images, which reduces as well."""
 
     def encode(self: Any, sight: Any, made: Any, call: Callable[[], Any]) -> Any:
-        return self._reduced(sight, made, call())
+        return self._reduced(sight, Encoded(self.parts.core, made), call())
 
     patch.setattr(encoders.Encoders, "encode", encode)
 

@@ -22,7 +22,7 @@ from ..kit.budget_rows import BudgetRows
 from .anatomy import Anatomy
 from .family import Encoded, Sight
 from .names import Call
-from .rows import Row, before_projector
+from .picture_rows import PictureRow, before_projector
 
 
 class BeforeProjector(NotCopyable):
@@ -68,7 +68,7 @@ class BeforeProjector(NotCopyable):
         self._local.now = sight, encoded
 
     def __call__(
-        self, sight: Sight, encoded: Encoded, raw: Any, rows: Sequence[Row]
+        self, sight: Sight, encoded: Encoded, raw: Any, rows: Sequence[PictureRow]
     ) -> tuple[Any, Signals]:
         """The output, which has marks already, and what is known of the tokens that are left."""
         return raw, self._local.__dict__.pop("known", Signals())

@@ -25,7 +25,7 @@ from ..kit.before_projector import Ids, Sizes
 from ..kit.fingerprint import fingerprint
 from .family import Encoded, Sight
 from .outputs import Output, with_fields
-from .rows import Row
+from .picture_rows import PictureRow
 from .slots import Slots
 from .tower_attention import ReadTower
 
@@ -61,7 +61,7 @@ class BehindProjector(NotCopyable):
         """Nothing is being encoded any more."""
 
     def __call__(
-        self, sight: Sight, encoded: Encoded, raw: Any, rows: Sequence[Row]
+        self, sight: Sight, encoded: Encoded, raw: Any, rows: Sequence[PictureRow]
     ) -> tuple[Any, Signals]:
         """The output with marks, and what is known of the tokens that are left."""
         flat, _, _ = flat_of(Output(raw).features)

@@ -24,7 +24,7 @@ from .llm.image_slots import Images
 from .llm.signal_cache import Held, SignalCache
 from .names import Call, Hooked, Signature, calls_of
 from .outputs import Output
-from .rows import Row, rows_of
+from .picture_rows import PictureRow, rows_of
 from .tiles import Joined, Tiles
 
 NOTED = "tokenprune_crops"
@@ -95,9 +95,9 @@ class CallImages(NotCopyable):
             rows = _in_order(of_videos[placeholders].tolist(), rows, theirs)
         return Images.of(placeholders, [row.patches for row in rows], [row.origin for row in rows])
 
-    def _rows(self, sight: Sight, call: Call, output: Any) -> list[Row]:
+    def _rows(self, sight: Sight, call: Call, output: Any) -> list[PictureRow]:
         """The rows of what was encoded, in a call of the model that takes it."""
-        joined: list[Row] | None = getattr(output, _JOINED, None)
+        joined: list[PictureRow] | None = getattr(output, _JOINED, None)
         if joined is not None:
             return joined
         _, _, elements = flat_of(Output(output).features)
@@ -180,13 +180,15 @@ class _Join(NotCopyable):
         return call.hooked
 
 
-def _alike(sight: Sight, rows: Sequence[Row]) -> bool:
+def _alike(sight: Sight, rows: Sequence[PictureRow]) -> bool:
     """Whether all rows are pictures with as many slots, each of which holds a patch."""
     whole = all(row.origin == Origin(number) for number, row in enumerate(rows))
     return whole and sight.patches is None and len({len(row.slots) for row in rows}) == 1
 
 
-def _in_order(of_video: Sequence[bool], pictures: list[Row], videos: list[Row]) -> list[Row]:
+def _in_order(
+    of_video: Sequence[bool], pictures: list[PictureRow], videos: list[PictureRow]
+) -> list[PictureRow]:
     """Rows of pictures and videos in the order in which they stand in prompts.
 
     Args:
@@ -195,7 +197,7 @@ def _in_order(of_video: Sequence[bool], pictures: list[Row], videos: list[Row]) 
         videos: in order.
     """
     left = {False: iter(pictures), True: iter(videos)}
-    rows: list[Row] = []
+    rows: list[PictureRow] = []
     start = 0
     while start < len(of_video):
         row = next(left[of_video[start]], None)

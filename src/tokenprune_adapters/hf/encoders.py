@@ -28,7 +28,7 @@ from .family import Encoded, Sight
 from .llm.signal_cache import Held, SignalCache
 from .names import Call, Signature
 from .outputs import Output
-from .rows import Row, divides, rows_of
+from .picture_rows import PictureRow, divides, rows_of
 from .tiles import Tiles
 
 
@@ -123,7 +123,7 @@ class Encoders(NotCopyable):
         self,
         sight: Sight,
         raw: Any,
-        rows: Sequence[Row],
+        rows: Sequence[PictureRow],
         known: Signals,
         patches: Sequence[Tensor],
         crops: Sequence[int] | None,

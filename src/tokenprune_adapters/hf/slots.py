@@ -13,7 +13,7 @@ from tokenprune.gather import gather_flat, zero_fillers
 from tokenprune.plan import Plan
 from tokenprune.to_device import numbers_on, sent
 
-from .rows import Row
+from .picture_rows import PictureRow
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class Slots:
     tokens: tuple[int, ...]
 
     @classmethod
-    def of(cls, rows: Sequence[Row], device: torch.device) -> Slots:
+    def of(cls, rows: Sequence[PictureRow], device: torch.device) -> Slots:
         """From rows on the CPU."""
         held = [row.tokens for row in rows]
         shown = [row.patches[row.patches >= 0] for row in rows]

@@ -28,7 +28,7 @@ from .family import Encoded, Run, Sight
 from .llm.copies import without_copies
 from .llm.signal_cache import SignalCache, refuse_unknown
 from .outputs import Output
-from .rows import Row
+from .picture_rows import PictureRow
 from .slots import Slots
 
 
@@ -43,7 +43,7 @@ class Joined:
         origins: what each picture is; None for a copy, which `generate` makes for beams.
     """
 
-    rows: list[Row]
+    rows: list[PictureRow]
     tiles: list[int]
     prints: list[int]
     origins: Sequence[Origin | None]
@@ -63,19 +63,21 @@ class Tiles(NotCopyable):
     reduce: BehindProjector
     waiting: SignalCache
 
-    def note(self, sight: Sight, encoded: Encoded, raw: Any, rows: Sequence[Row]) -> None:
+    def note(self, sight: Sight, encoded: Encoded, raw: Any, rows: Sequence[PictureRow]) -> None:
         """Take what is known of tiles."""
         _, known = replace(self.reduce, strategy=None, followed=True)(sight, encoded, raw, rows)
         self.waiting.put(_features(raw, rows), known)
 
-    def join(self, sight: Sight, ids: Tensor, raw: Any, tiles: Sequence[Row]) -> Joined | None:
+    def join(
+        self, sight: Sight, ids: Tensor, raw: Any, tiles: Sequence[PictureRow]
+    ) -> Joined | None:
         """Tiles as pictures, by the prompts' token ids; None where placeholders are others."""
         assert sight.joined is not None
         slots = len(tiles[0].slots)
         prompts = _runs(ids, self.parts.placeholders(ids, sight.kind))
         if sum(run.tokens for runs in prompts for run in runs) != slots * len(tiles):
             return None
-        left, rows = iter(tiles), list[Row]()
+        left, rows = iter(tiles), list[PictureRow]()
         counts, owners = list[int](), list[int]()
         for number, runs in enumerate(prompts):
             broken = [run.tokens for run in runs if run.tokens % slots]
@@ -93,7 +95,12 @@ class Tiles(NotCopyable):
         return Joined(rows, counts, prints, self._given(rows, counts, prints, owners, len(prompts)))
 
     def _given(
-        self, rows: list[Row], tiles: list[int], prints: list[int], owners: list[int], batch: int
+        self,
+        rows: list[PictureRow],
+        tiles: list[int],
+        prints: list[int],
+        owners: list[int],
+        batch: int,
     ) -> Sequence[Origin | None]:
         """What each picture is, see `Joined.origins`."""
         left = iter(prints)
@@ -124,7 +131,7 @@ class Tiles(NotCopyable):
         )
 
 
-def _features(raw: Any, rows: Sequence[Row]) -> Sequence[Tensor]:
+def _features(raw: Any, rows: Sequence[PictureRow]) -> Sequence[Tensor]:
     """`(slots, channels)` of each row."""
     flat, _, _ = flat_of(Output(raw).features)
     return torch.split(flat, [len(row.slots) for row in rows])
@@ -150,14 +157,14 @@ def _runs(ids: Tensor, held: Tensor) -> list[list[Run]]:
     return runs
 
 
-def _as_one(tiles: Sequence[Row], number: int) -> Row:
+def _as_one(tiles: Sequence[PictureRow], number: int) -> PictureRow:
     """Tiles as one row, whose patches are counted on from tile to tile."""
     size = len(tiles[0].tokens)
     patches = [
         torch.where(tile.patches >= 0, tile.patches + at * size, -1)
         for at, tile in enumerate(tiles)
     ]
-    return Row(
+    return PictureRow(
         torch.cat([tile.slots for tile in tiles]),
         torch.cat(patches),
         replace(tiles[0].origin, number=number, patches_per_crop=size),

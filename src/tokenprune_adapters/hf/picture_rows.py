@@ -18,7 +18,7 @@ from .family import Encoded, Sight
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class PictureRow:
     """What shares a budget: a picture or video, or a crop or frame of one.
 
     Attributes:
@@ -49,7 +49,7 @@ def rows_of(
     encoded: Encoded,
     patches: Sequence[Tensor],
     crops: Sequence[int] | None,
-) -> list[Row]:
+) -> list[PictureRow]:
     """The rows of what was encoded.
 
     Args:
@@ -60,11 +60,11 @@ def rows_of(
     """
     counts: Sequence[int | None] = [None] * len(patches) if crops is None else crops
     divided, first = divides(sight, encoded.per), 0
-    rows: list[Row] = []
+    rows: list[PictureRow] = []
     for number, (patch, count) in enumerate(zip(patches, counts, strict=True)):
         size = None if count is None else _size(sight, encoded, patch, count)
         origin = Origin(number, sight.kind, patches_per_crop=size)
-        row = Row(torch.arange(first, first + len(patch), device="cpu"), patch, origin)
+        row = PictureRow(torch.arange(first, first + len(patch), device="cpu"), patch, origin)
         rows += _crops(row, count) if divided else [row]
         first += len(patch)
     return rows
@@ -75,7 +75,7 @@ def _size(sight: Sight, encoded: Encoded, patch: Tensor, crops: int) -> int:
     return int((patch >= 0).sum()) // crops if sight.crop is None else sight.crop(encoded)
 
 
-def _crops(row: Row, count: int | None) -> Iterator[Row]:
+def _crops(row: PictureRow, count: int | None) -> Iterator[PictureRow]:
     """The crops or frames of a row; slots without a patch stay with the frame before them."""
     size, shown = row.origin.patches_per_crop, row.origin
     if size is None or count is None:
@@ -90,7 +90,7 @@ def _crops(row: Row, count: int | None) -> Iterator[Row]:
         mine = crop == number
         patches = row.patches[mine]
         inside = torch.where(patches >= 0, patches % size, -1)
-        yield Row(row.slots[mine], inside, Origin(shown.number, shown.kind, crop=number))
+        yield PictureRow(row.slots[mine], inside, Origin(shown.number, shown.kind, crop=number))
 
 
 def before_projector(sight: Sight, encoded: Encoded) -> BudgetRows | None:
