@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -287,8 +288,46 @@ def test_keys_and_the_joint_row_are_those_of_the_projections(
     torch.testing.assert_close(signals[kinds[1]].double(), joint, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["internvl", "vipllava"])
-@pytest.mark.parametrize("spec", ["prumerge(keep=0.5)", "visionzip(keep=0.5)"])
+@pytest.mark.parametrize("name", ["qwen2-vl", "qwen3-vl", "llava-pixtral", "mistral3"])
+def test_keys_of_rotated_towers_are_those_before_it(name: str) -> None:
+    """Of patches in a row: of the first picture, by what the projection gives."""
+    tiny = NAMED[name]
+    model, inputs = tiny.make("sdpa"), collate(tiny, tiny.rows[:1])
+    core = model.model
+    qwen = "qwen" in name
+    layers = core.visual.blocks if qwen else core.vision_tower.transformer.layers
+    made: list[Tensor] = []
+    module = layers[1].attn.qkv if qwen else layers[1].attention.k_proj
+    handle = module.register_forward_hook(lambda module, args, output: made.append(output))
+    Seen.seen.clear()
+    with (
+        torch.no_grad(),
+        tokenprune.attach(model, Strategy(Seen(Keys(1)), Evict(4)).at(BeforeLLM())),
+    ):
+        model(**inputs)
+    handle.remove()
+    ((tokens, signals),) = Seen.seen
+    keys = made[0].reshape(-1, 3, 2, 16)[:, 1] if qwen else made[0].reshape(-1, 2, 16)
+    first = tokens.lengths[0]
+    if qwen:
+        groups = torch.arange(first * 4).reshape(-1, 4)
+    else:
+        high, wide = (inputs["image_sizes"][0] // 4).tolist()
+        side = 2 if name == "mistral3" else 1
+        grid = torch.arange(high * wide).reshape(high // side, side, wide // side, side)
+        groups = grid.transpose(1, 2).reshape(-1, side * side)
+    wanted = keys[groups].mean(1).transpose(0, 1)
+    torch.testing.assert_close(signals[Keys(1)][0, :, :first], wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        *itertools.product(("internvl", "vipllava"), ("prumerge(keep=0.5)", "visionzip(keep=0.5)")),
+        ("qwen2.5-vl", "received-attention(layers=1) | dominant-contextual(0.5)"),
+        ("mistral3", "received-attention(layers=1) | dominant-contextual(0.5)"),
+    ],
+)
 def test_methods_that_read_keys_work_where_there_are_any(name: str, spec: str) -> None:
     tiny = NAMED[name]
     model, inputs = tiny.make("sdpa"), collate(tiny, tiny.rows)

@@ -35,9 +35,7 @@ def given_by(tower: Tower | None) -> frozenset[type[Signal]]:
     """The signals that are read of a tower."""
     if tower is None:
         return frozenset()
-    found: set[type[Signal]] = {ReceivedAttention, GivenAttention}
-    if not tower.fused and tower.packed is None:  # keys are what the projection gives, not rotated
-        found.add(Keys)
+    found: set[type[Signal]] = {ReceivedAttention, GivenAttention, Keys}
     if tower.prefix:
         found |= {ClsAttention, JointClsAttention}
     return frozenset(found)
@@ -140,6 +138,7 @@ class _Tap(NotCopyable):
         if self.read.tower.packed is None:
             self._note([self._read(query, key)])
             return
+        self._keep(rearrange(key, "1 h n c -> n h c"))
         rotary = found.pop(("call", self.number)).rotary
         query, key = self.rotate(query, key, *rotary, unsqueeze_dim=0)
         parts = (x.split(found["lengths"], dim=2) for x in (query, key))
@@ -159,6 +158,7 @@ class _Tap(NotCopyable):
         seams, rotary = call.seams, call.rotary
         split = "n (three h c) -> three n h c"
         query, key, _ = rearrange(output.detach(), split, three=3, h=self.heads)
+        self._keep(key)
         query, key = self.rotate(query, key, *rotary)
         lengths = seams.diff().tolist()
         pairs = zip(query.split(lengths), key.split(lengths), strict=True)
@@ -173,7 +173,13 @@ class _Tap(NotCopyable):
             for kind in self.kinds
         }
 
+    def _keep(self, keys: Tensor) -> None:
+        """Keep `(patches of the call, heads, channels)` keys before they are rotated."""
+        assert self.read.found is not None
+        self.read.found[Keys, self.number] = keys
+
     def _note(self, parts: list[dict[object, Tensor]]) -> None:
         assert self.read.found is not None
         for kind in self.kinds:
-            self.read.found[kind, self.number] = torch.cat([each[kind] for each in parts])
+            made = torch.cat([each[kind] for each in parts])
+            self.read.found.setdefault((kind, self.number), made)
