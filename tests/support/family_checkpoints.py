@@ -58,6 +58,17 @@ def _internvl(tokenizer: Any) -> Any:
     )
 
 
+SQUARE: dict[str, Any] = {
+    "size": {"shortest_edge": 16},
+    "crop_size": {"height": 16, "width": 16},
+}
+"""Pictures of LLaVA models with CLIP towers."""
+COUNTS: dict[str, Any] = {
+    "patch_size": 4,
+    "vision_feature_select_strategy": "default",
+    "num_additional_image_tokens": 1,
+}
+"""By which their processors count placeholders."""
 PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 
 
@@ -73,37 +84,28 @@ def _onevision(tokenizer: Any) -> Any:
 
 
 def _next_video(tokenizer: Any) -> Any:
-    looks = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
     return transformers.LlavaNextVideoProcessor(
-        transformers.LlavaNextVideoVideoProcessor(**looks),
-        transformers.LlavaNextImageProcessor(**looks, image_grid_pinpoints=PINPOINTS),
+        transformers.LlavaNextVideoVideoProcessor(**SQUARE),
+        transformers.LlavaNextImageProcessor(**SQUARE, image_grid_pinpoints=PINPOINTS),
         tokenizer,
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        **COUNTS,
     )
 
 
 def _next(tokenizer: Any) -> Any:
-    looks = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
     return transformers.LlavaNextProcessor(
-        transformers.LlavaNextImageProcessor(**looks, image_grid_pinpoints=PINPOINTS),
+        transformers.LlavaNextImageProcessor(**SQUARE, image_grid_pinpoints=PINPOINTS),
         tokenizer,
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        **COUNTS,
     )
 
 
 def _video_llava(tokenizer: Any) -> Any:
-    looks = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
     return transformers.VideoLlavaProcessor(
-        transformers.VideoLlavaImageProcessor(**looks),
-        transformers.VideoLlavaVideoProcessor(**looks),
+        transformers.VideoLlavaImageProcessor(**SQUARE),
+        transformers.VideoLlavaVideoProcessor(**SQUARE),
         tokenizer,
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        **COUNTS,
     )
 
 
@@ -115,13 +117,10 @@ def _idefics(tokenizer: Any) -> Any:
 
 
 def _llava(tokenizer: Any) -> Any:
-    sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
     return transformers.LlavaProcessor(
-        transformers.CLIPImageProcessor(**sizes),
+        transformers.CLIPImageProcessor(**SQUARE),
         tokenizer,
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        **COUNTS,
     )
 
 

@@ -14,9 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.kept_patches import Origin
-
-from ..kit.budget_rows import BudgetRows
 from .anatomy import aspect_ratio
 
 NEWLINE = -1
@@ -58,36 +55,6 @@ class Packing:
             torch.where(source == NEWLINE, NEWLINE, source - first * self.patches_per_crop)
             for source, first in zip(self.sources, firsts)  # noqa: B905
         ]
-
-    def per_image(self) -> BudgetRows:
-        """One row per image: its patches that are packed, in packed order."""
-        numbers = [source[source != NEWLINE] for source in self.sources]
-        return BudgetRows.of(numbers, self.patches_per_crop, self.origins)
-
-    @property
-    def origins(self) -> tuple[Origin, ...]:
-        """What the rows of `per_image` show."""
-        return tuple(
-            Origin(image, patches_per_crop=self.patches_per_crop)
-            for image in range(len(self.crops))
-        )
-
-    def per_crop(self) -> BudgetRows:
-        """One row per crop: its patches that are packed, in raster order."""
-        present = torch.zeros(
-            sum(self.crops) * self.patches_per_crop, dtype=torch.bool, device="cpu"
-        )
-        for source in self.sources:
-            present[source[source != NEWLINE]] = True
-        numbers = torch.arange(present.shape[0], device="cpu").reshape(-1, self.patches_per_crop)
-        origins = [
-            Origin(image, crop=crop)
-            for image, crops in enumerate(self.crops)
-            for crop in range(crops)
-        ]
-        return BudgetRows.of(
-            [each[present[each]] for each in numbers], self.patches_per_crop, origins
-        )
 
 
 def packed_by_grid(

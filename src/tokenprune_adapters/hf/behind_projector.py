@@ -147,6 +147,12 @@ def flat_of(features: Any) -> tuple[Tensor, Callable[[Tensor], Any], Sequence[Te
     return torch.cat(elements), back, elements
 
 
+def features_of(raw: Any, rows: Sequence[PictureRow]) -> Sequence[Tensor]:
+    """`(slots, channels)` of each row of an output, which stand one after the other."""
+    flat, _, _ = flat_of(Output(raw).features)
+    return torch.split(flat, [len(row.slots) for row in rows])
+
+
 def _by_row(signal: Signal, x: Tensor) -> Tensor:
     """`(rows, tokens, ...)`, other axes in order, as `signal` has its axes."""
     others = [axis for axis in signal.axes.split() if axis not in ("batch", "tokens")]

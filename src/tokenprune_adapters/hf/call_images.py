@@ -18,7 +18,7 @@ from tokenprune.signals import Signals
 from tokenprune.untraced import untraced
 
 from .anatomy import Anatomy
-from .behind_projector import flat_of
+from .behind_projector import features_of, flat_of
 from .family import Encoded, Sight
 from .llm.image_slots import Images
 from .llm.signal_cache import Held, SignalCache
@@ -151,8 +151,7 @@ class CallImages(NotCopyable):
         given = [n for n, origin in enumerate(joined.origins) if origin is not None]
         if len(given) < len(joined.origins):
             known = Signals({each: torch.stack([x[n] for n in given]) for each, x in known.items()})
-        flat, _, _ = flat_of(Output(raw).features)
-        features = torch.split(flat, [len(row.slots) for row in joined.rows])
+        features = features_of(raw, joined.rows)
         held = [Held(joined.rows[n].patches, 1) for n in given]
         self.later.put([features[n] for n in given], known, held)
 

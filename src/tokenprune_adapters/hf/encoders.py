@@ -22,7 +22,7 @@ from tokenprune.to_device import sent
 from ..kit.method_wrapper import wrap_method
 from .anatomy import Anatomy
 from .before_projector import BeforeProjector
-from .behind_projector import BehindProjector, flat_of
+from .behind_projector import BehindProjector, features_of, flat_of
 from .call_images import NOTED
 from .family import Encoded, Sight
 from .llm.signal_cache import Held, SignalCache
@@ -130,17 +130,16 @@ class Encoders(NotCopyable):
     ) -> None:
         """Leave what is known of rows, and of the whole of which they are parts, for `find`."""
         assert self.later is not None
-        flat, _, _ = flat_of(Output(raw).features)
         counts = [1] * len(patches) if crops is None else crops
         held = list(map(Held, patches, counts))
         wholes: list[tuple[Tensor, Held]] = []
         if divides(sight, self.per):
+            flat, _, _ = flat_of(Output(raw).features)
             whole = torch.split(flat, list(map(len, patches)))
             # One that is not divided is among the rows.
             wholes = [each for each in zip(whole, held, strict=True) if each[1].crops > 1]
             held = [Held(row.patches, 1) for row in rows]
-        features = torch.split(flat, [len(row.slots) for row in rows])
-        self.later.put(features, known, held, wholes)
+        self.later.put(features_of(raw, rows), known, held, wholes)
 
 
 @dataclass(frozen=True, eq=False)

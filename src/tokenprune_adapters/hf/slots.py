@@ -21,14 +21,12 @@ class Slots:
     """Slots of all rows of a call, one after the other.
 
     Attributes:
-        count: number of slots.
         index: `(rows, tokens)` int64, the slot of each token: of those with a patch.
         mask: `(rows, tokens)` bool, False where a row has fewer.
         patches: `(rows, tokens)` int64, the patch of its row that each is; 0 where padded.
         tokens: number of tokens of each row.
     """
 
-    count: int
     index: Tensor
     mask: Tensor
     patches: Tensor
@@ -43,7 +41,7 @@ class Slots:
         index, patches = sent(torch.stack([index, patches]), device)
         tokens = tuple(map(len, held))
         mask = torch.arange(index.shape[1], device=device) < numbers_on(device, tokens)[:, None]
-        return cls(sum(len(row.slots) for row in rows), index, mask, patches, tokens)
+        return cls(index, mask, patches, tokens)
 
     def take(self, x: Tensor) -> Tensor:
         """`(slots, ...)` to `(rows, tokens, ...)`, zero where padded."""

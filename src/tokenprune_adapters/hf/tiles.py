@@ -23,7 +23,7 @@ from tokenprune.to_device import numbers_on
 from ..kit.before_projector import Ids
 from ..kit.budget_rows import BudgetRows
 from .anatomy import Anatomy
-from .behind_projector import BehindProjector, flat_of
+from .behind_projector import BehindProjector, features_of, flat_of
 from .family import Encoded, Run, Sight
 from .llm.copies import without_copies
 from .llm.signal_cache import SignalCache, refuse_unknown
@@ -66,7 +66,7 @@ class Tiles(NotCopyable):
     def note(self, sight: Sight, encoded: Encoded, raw: Any, rows: Sequence[PictureRow]) -> None:
         """Take what is known of tiles."""
         _, known = replace(self.reduce, strategy=None, followed=True)(sight, encoded, raw, rows)
-        self.waiting.put(_features(raw, rows), known)
+        self.waiting.put(features_of(raw, rows), known)
 
     def join(
         self, sight: Sight, ids: Tensor, raw: Any, tiles: Sequence[PictureRow]
@@ -91,7 +91,7 @@ class Tiles(NotCopyable):
                 rows.append(_as_one(list(itertools.islice(left, count)), len(rows)))
                 counts.append(count)
                 owners.append(number)
-        prints = self.waiting.numbers(_features(raw, tiles))
+        prints = self.waiting.numbers(features_of(raw, tiles))
         return Joined(rows, counts, prints, self._given(rows, counts, prints, owners, len(prompts)))
 
     def _given(
@@ -129,12 +129,6 @@ class Tiles(NotCopyable):
             _together(ids, joined.tiles),
             joined.origins,
         )
-
-
-def _features(raw: Any, rows: Sequence[PictureRow]) -> Sequence[Tensor]:
-    """`(slots, channels)` of each row."""
-    flat, _, _ = flat_of(Output(raw).features)
-    return torch.split(flat, [len(row.slots) for row in rows])
 
 
 def _runs(ids: Tensor, held: Tensor) -> list[list[Run]]:

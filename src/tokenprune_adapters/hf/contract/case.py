@@ -36,7 +36,7 @@ class FamilyCase:
             family takes any.
         patches: for each row `(slots,)` int64, the patch that each slot is, -1 for none; None
             where all slots hold patches.
-        per: what budgets must be for: ``"crop"`` of families that hand over tiles.
+        per: what budgets are for: ``"crop"`` where rows are tiles, else ``"image"``.
         silent: token ids that are never generated, such as placeholders.
         state: attributes of the core that the model itself writes while it runs.
         longer: function that makes the arguments for prompt 0 with three more tokens of text.
