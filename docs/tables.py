@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from tokenprune.cli.catalogue import differences, markdown
-from tokenprune.plugins import Registry, registry
+from tokenprune.plugins import CORE, Registry, registry
 from tokenprune.versions import LIBRARIES, Library, library
 from tokenprune_adapters.hf.families import FAMILIES
 from tokenprune_adapters.hf.family_plugin import facts_of
@@ -27,13 +27,12 @@ FIRST = ("vtc-cls", "fastv", "visionzip", "divprune", "prumerge", "tome")
 FAMILY = "<!-- families: written by `make tables` -->", "<!-- end of families -->"
 DIFFERENCES = "<!-- differences: written by `make tables` -->", "<!-- end of differences -->"
 VERSIONS = "<!-- versions: written by `make tables` -->", "<!-- end of versions -->"
-OURS = ("tokenprune", "tokenprune-vlm")
 
 
 def own(known: Registry) -> Registry:
     """`known` without what other installed packages offer."""
     offers = {
-        field.name: [o for o in getattr(known, field.name) if o.origin in OURS]
+        field.name: [o for o in getattr(known, field.name) if o.origin == CORE]
         for field in dataclasses.fields(known)
         if field.name != "broken"
     }

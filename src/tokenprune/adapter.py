@@ -9,7 +9,9 @@ installation fails half-way.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import ClassVar
 
 from torch import nn
 
@@ -51,7 +53,15 @@ class TowerAdapter(ABC):
 
 
 class ModelAdapter(ABC):
-    """Adapter that puts stages to work in a kind of model, by hooks."""
+    """Adapter that puts stages to work in a kind of model, by hooks.
+
+    Attributes:
+        options: what it serves beyond the defaults, by name: ``"per"`` of budgets, ``"positions"``
+            and ``"newline"`` of placements. What does not stand here is refused by `attach`, so
+            that no option is accepted and ignored.
+    """
+
+    options: ClassVar[Mapping[str, tuple[object, ...]]] = MappingProxyType({})
 
     @abstractmethod
     def provides(self, model: nn.Module, placement: Placement) -> frozenset[type[Signal]]:

@@ -17,7 +17,8 @@ from .observation import Attended, Observation
 from .plugins import registry
 from .report import Record, Report
 from .signals import Signal
-from .spec import shown, spec_of, stages_of
+from .spec import stages_of
+from .stage_support import check_options, check_signals, names_of, shown_stages
 from .strategy import Reduction, Stage
 from .versions import warn_newer
 from .wrappers import unwrapped
@@ -39,8 +40,8 @@ class Attachment:
 
     @property
     def spec(self) -> str:
-        """The stages as a spec."""
-        return "; ".join(map(spec_of, self.stages))
+        """The stages as a spec; a step that no plugin offers stands in it as its repr."""
+        return shown_stages(self.stages)
 
     @property
     def report(self) -> Report:
@@ -77,7 +78,7 @@ class Attachment:
         self.detach()
 
     def __repr__(self) -> str:
-        return f"Attachment({_shown(self.stages)!r})"
+        return f"Attachment({shown_stages(self.stages)!r})"
 
 
 def attach(model: nn.Module, *stages: Stage | str, adapter: str | None = None) -> Attachment:
@@ -116,13 +117,14 @@ def attach(model: nn.Module, *stages: Stage | str, adapter: str | None = None) -
             whose = "" if other is model else f", which has parts of this {type(model).__name__},"
             raise AttachError(
                 f"{type(other).__name__}{whose} is already attached with "
-                f"{_shown(present.stages)!r}; detach it first, or give all stages to one attach "
-                "call"
+                f"{shown_stages(present.stages)!r}; detach it first, or give all stages to one "
+                "attach call"
             )
-    chosen = plugin.factory()
+    chosen = plugin.adapter()
     warn_newer()
     for stage in parsed:
         check_signals(chosen.provides(model, stage.placement), stage, type(model).__name__)
+        check_options(chosen, stage, type(model).__name__)
     record = Record()
     attachment = Attachment(model, parsed, record)
     _install(attachment._installed, chosen.install(model, parsed, record))
@@ -154,14 +156,14 @@ def observe(
     """
     known = registry()
     plugin = known.claiming(known.towers, tower, adapter)
-    chosen = plugin.factory()
+    chosen = plugin.adapter()
     warn_newer(_WITH)
     wanted = frozenset(signals)
     missing = {type(s) for s in wanted} - chosen.provides(tower)
     if missing:
         raise UnsupportedError(
-            f"{type(tower).__name__} cannot give {_names(missing)}; it gives "
-            f"{_names(chosen.provides(tower)) or 'no signals'}"
+            f"{type(tower).__name__} cannot give {names_of(missing)}; it gives "
+            f"{names_of(chosen.provides(tower)) or 'no signals'}"
         )
     observation = Observation()
     with ExitStack() as installed:
@@ -189,7 +191,7 @@ def watch(model: nn.Module, *, adapter: str | None = None) -> Iterator[Attended]
     """
     known = registry()
     model = unwrapped(model)
-    chosen = known.claiming(known.models, model, adapter).factory()
+    chosen = known.claiming(known.models, model, adapter).adapter()
     attended = Attended()
     warn_newer(_WITH)
     with ExitStack() as installed:
@@ -213,34 +215,3 @@ def _forget_compiled() -> None:
     """Code of `torch.compile` is not checked for hooks that came or went since: compile anew."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-
-
-def _shown(stages: tuple[Stage, ...]) -> str:
-    return "; ".join(map(shown, stages))
-
-
-def check_signals(provided: frozenset[type[Signal]], stage: Stage, model: str) -> None:
-    """Refuse a stage that reads what `model` does not supply; name the scorers that work."""
-    missing = {type(signal) for signal in stage.strategy.signals} - provided
-    if missing:
-        raise UnsupportedError(
-            f"{model} cannot supply {_names(missing)} to {_shown((stage,))!r}; it supplies "
-            f"{_names(provided) or 'no signals'}. Scorers that work here: {_scorers(provided)}"
-        )
-
-
-def _scorers(provided: frozenset[type[Signal]]) -> str:
-    """Names of the installed scorers that need no more than what is provided."""
-    working = []
-    for offer in registry().scorers:
-        try:
-            needed = {type(signal) for signal in offer.plugin.factory().signals}
-        except TypeError:  # it needs arguments, so its signals are not known
-            continue
-        if needed <= provided:
-            working.append(offer.plugin.name)
-    return ", ".join(sorted(working)) or "none"
-
-
-def _names(signals: Iterable[type[Signal]]) -> str:
-    return ", ".join(sorted(signal.__name__ for signal in signals))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
@@ -198,28 +198,67 @@ class TextFeatures(Signal):
 
 
 class Signals(Mapping[Signal, Tensor]):
-    """Mapping of signals to what a model gave. Checks numbers of axes; says what is there.
+    """Mapping of signals to what a model gave. Checks axes; says what is there.
+
+    The axes `batch` and `tokens` are as long in all answers, and `layers` as long as was asked.
+
+    Args:
+        answers: what was given.
+        beside: signals that were supplied and are left out here, for messages alone.
+
+    Raises:
+        ShapeError: an answer has other axes.
 
     >>> import torch
     >>> Signals({ClsAttention(layers=3): torch.rand(1, 3, 16, 576)})
-    Signals(ClsAttention(layers=3))
+    Signals({ClsAttention(layers=3): (1, 3, 16, 576)})
     """
 
-    def __init__(self, answers: Mapping[Signal, Tensor] | None = None) -> None:
+    def __init__(
+        self, answers: Mapping[Signal, Tensor] | None = None, beside: Iterable[Signal] = ()
+    ) -> None:
         self._answers = dict(answers or {})
+        self._beside = frozenset(beside) - self._answers.keys()
+        lengths: dict[str, tuple[int, Signal]] = {}
         for signal, answer in self._answers.items():
             axes = signal.axes.split()
+            if not isinstance(answer, Tensor):
+                raise ShapeError(
+                    f"{signal} must be a tensor with axes ({signal.axes}), got {answer!r:.60}"
+                )
             if answer.ndim != len(axes):
                 raise ShapeError(
                     f"{signal} must have axes ({signal.axes}), got {tuple(answer.shape)}"
+                )
+            sizes = dict(zip(axes, answer.shape, strict=True))
+            for name in {"batch", "tokens"} & sizes.keys():
+                size, first = lengths.setdefault(name, (sizes[name], signal))
+                if sizes[name] != size:
+                    raise ShapeError(
+                        f"{signal} has {sizes[name]} along {name!r}, and {first} has {size}: "
+                        "signals of one call describe the same visual tokens"
+                    )
+            asked = _asked_layers(signal)
+            if asked is not None and sizes.get("layers", asked) != asked:
+                raise ShapeError(
+                    f"{signal} asks for {asked} layers, got {sizes['layers']} in "
+                    f"{tuple(answer.shape)}, axes ({signal.axes})"
                 )
 
     def __getitem__(self, signal: Signal) -> Tensor:
         try:
             return self._answers[signal]
         except KeyError:
-            known = ", ".join(map(repr, self._answers)) or "none"
-            raise MissingSignalError(f"{signal} was not supplied; supplied: {known}") from None
+            if signal in self._beside:
+                known = ", ".join(map(repr, self._answers)) or "none"
+                raise MissingSignalError(
+                    f"{signal} is another step's: a step sees the signals that its property "
+                    f"`signals` names, here {known}"
+                ) from None
+            known = ", ".join(map(repr, [*self._answers, *sorted(self._beside, key=repr)]))
+            raise MissingSignalError(
+                f"{signal} was not supplied; supplied: {known or 'none'}"
+            ) from None
 
     def __contains__(self, signal: object) -> bool:
         return signal in self._answers
@@ -231,7 +270,28 @@ class Signals(Mapping[Signal, Tensor]):
         return len(self._answers)
 
     def __repr__(self) -> str:
-        return f"Signals({', '.join(map(repr, self._answers))})"
+        shapes = (f"{signal!r}: {tuple(each.shape)}" for signal, each in self._answers.items())
+        return f"Signals({{{', '.join(shapes)}}})" if self._answers else "Signals()"
+
+    def only(self, wanted: Iterable[Signal]) -> Signals:
+        """Those of `wanted` that are there. Reading one of the others says that it was left out."""
+        there = {signal: self._answers[signal] for signal in wanted if signal in self._answers}
+        return Signals(there, beside=self._answers)
+
+    def check(self, mask: Tensor) -> None:
+        """See that every answer is about tokens with `mask`, `(batch, tokens)` bool.
+
+        Raises:
+            ShapeError: an answer is about other rows, or another number of tokens.
+        """
+        for signal, answer in self._answers.items():
+            sizes = dict(zip(signal.axes.split(), answer.shape, strict=True))
+            for name, size in zip(("batch", "tokens"), mask.shape, strict=True):
+                if sizes.get(name, size) != size:
+                    raise ShapeError(
+                        f"{signal} has {sizes[name]} along {name!r}, where the visual tokens have "
+                        f"{size}: {tuple(answer.shape)} with axes ({signal.axes})"
+                    )
 
     def reduce(self, plan: Plan) -> Signals:
         """Every signal put through `plan` on its axis of tokens, for later steps to read."""
@@ -255,6 +315,12 @@ class Signals(Mapping[Signal, Tensor]):
                 if "tokens" in signal.axes.split()
             }
         )
+
+
+def _asked_layers(signal: Signal) -> int | None:
+    """How many layers `signal` asks for, if it asks for layers."""
+    layers = getattr(signal, "layers", None)
+    return len(layers) if isinstance(layers, tuple) else layers if isinstance(layers, int) else None
 
 
 def _along_tokens(axes: str, answer: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:

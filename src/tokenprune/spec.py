@@ -9,15 +9,14 @@ Specs are sugar for objects; they never grow variables or conditions.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import re
 from collections.abc import Iterable
 from itertools import chain
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
-from .brackets import cut
-from .errors import SpecError, UnknownNameError
+from .errors import SpecError, TokenpruneError, UnknownNameError
+from .fields import check_types
+from .grammar import Call, StageText, split, stage_texts
 from .placement import AfterLayer, BeforeLLM, Placement
 from .plugins import ReducerPlugin, ScorerPlugin, registry
 from .strategy import Reducer, Scorer, Stage, Strategy
@@ -25,14 +24,6 @@ from .strategy import Reducer, Scorer, Stage, Strategy
 PLACEMENTS: dict[str, type[Placement]] = {"before-llm": BeforeLLM, "after-layer": AfterLayer}
 
 T = TypeVar("T")
-
-_CALL = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)\s*(\(.*\))?", re.DOTALL)
-
-
-class _Call(NamedTuple):
-    name: str
-    positional: tuple[object, ...]
-    named: dict[str, object]
 
 
 def parse(spec: str) -> Stage:
@@ -53,7 +44,7 @@ def parse(spec: str) -> Stage:
 
 def parse_schedule(spec: str) -> tuple[Stage, ...]:
     """All stages of a spec with ";" between them, or of a recipe that expands to several."""
-    return tuple(stage for part in _split(spec, ";", spec) for stage in _stages(part, spec, True))
+    return tuple(stage for text in stage_texts(spec) for stage in _stages(text, spec, True))
 
 
 def stages_of(stages: Iterable[Stage | str]) -> tuple[Stage, ...]:
@@ -90,40 +81,51 @@ def spec_of(value: Stage | Strategy | Placement | Scorer | Reducer) -> str:
 
 
 def shown(value: Stage | Strategy | Placement | Scorer | Reducer) -> str:
-    """For messages: the spec of `value`, or its repr where a step belongs to no plugin."""
+    """For people: the spec of `value`; what no plugin offers stands in it as its repr.
+
+    >>> from tokenprune import Evict, Scorer
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class MyScorer(Scorer):
+    ...     strength: float = 2.0
+    ...     def score(self, tokens, signals):
+    ...         return tokens.sizes
+    >>> shown(Strategy(MyScorer(), Evict(64)).at(BeforeLLM()))
+    'MyScorer(strength=2.0) | evict(64) @ before-llm'
+    """
+    if isinstance(value, Stage):
+        return f"{shown(value.strategy)} @ {shown(value.placement)}"
+    if isinstance(value, Strategy):
+        return " | ".join(map(shown, value.steps))
     try:
         return spec_of(value)
     except SpecError:
         return repr(value)
 
 
-def _stages(part: str, spec: str, recipes: bool, elsewhere: Placement | None = None) -> list[Stage]:
-    """The stages of `part`, a recipe if `recipes` may be named; all at `elsewhere` if given."""
-    before, *after = _split(part, "@", spec)
-    if len(after) > 1:
-        raise SpecError(f"{spec!r} has more than one placement ('@') in a stage")
-    placement = _placement(_call(after[0], spec), spec) if after else None
-    calls = [_call(step, spec) for step in _split(before, "|", spec)]
-    expanded = _expand(calls[0]) if recipes and len(calls) == 1 else None
+def _stages(
+    text: StageText, spec: str, recipes: bool, elsewhere: Placement | None = None
+) -> list[Stage]:
+    """The stages of `text`, a recipe if `recipes` may be named; all at `elsewhere` if given."""
+    placement = None if text.placement is None else _placement(text.placement, spec)
+    first, *more = text.steps
+    expanded = _expand(first) if recipes and not more else None
     if expanded is None:
-        strategy = Strategy(*(_step(call, spec) for call in calls))
+        strategy = Strategy(*(_step(call, spec) for call in text.steps))
         return [Stage(strategy, elsewhere or placement or BeforeLLM())]
-    parts = _split(expanded, ";", expanded)
+    parts = stage_texts(expanded)
     if placement is not None:
         if len(parts) > 1:
-            raise SpecError(
-                f"{calls[0].name!r} is a schedule with placements of its own, in {spec!r}"
-            )
-        _check_not_overruled(calls[0], expanded, spec)
+            raise SpecError(f"{first.name!r} is a schedule with placements of its own, in {spec!r}")
+        _check_not_overruled(first, expanded, spec)
     return [stage for each in parts for stage in _stages(each, expanded, False, placement)]
 
 
-def _check_not_overruled(call: _Call, expanded: str, spec: str) -> None:
+def _check_not_overruled(call: Call, expanded: str, spec: str) -> None:
     """Refuse arguments of a recipe that decide on the placement that another one replaces."""
     known = registry()
     recipe = known.named(known.recipes, call.name, "recipe")
     assert recipe is not None
-    own, usual = (_split(each, "@", each)[1:] for each in (expanded, recipe.expand()))
+    own, usual = (split(each, "@", each)[1:] for each in (expanded, recipe.expand()))
     if own != usual:
         raise SpecError(
             f"{spec!r} has two placements: arguments of {call.name!r} ask for @{own[0]}, and it is "
@@ -131,7 +133,7 @@ def _check_not_overruled(call: _Call, expanded: str, spec: str) -> None:
         )
 
 
-def _expand(call: _Call) -> str | None:
+def _expand(call: Call) -> str | None:
     """The spec of the recipe that `call` names, or None where it names a step."""
     known = registry()
     recipe = known.named(known.recipes, call.name, "recipe")
@@ -149,16 +151,11 @@ def _expand(call: _Call) -> str | None:
     return recipe.expand(*call.positional, **call.named)
 
 
-def _step(call: _Call, spec: str) -> Scorer | Reducer:
+def _step(call: Call, spec: str) -> Scorer | Reducer:
     known = registry()
-    scorer = known.named(known.scorers, call.name, "scorer")
-    reducer = known.named(known.reducers, call.name, "reducer")
-    if scorer is not None and reducer is not None:
-        raise SpecError(
-            f"{call.name!r} in {spec!r} is both a scorer and a reducer, of different plugins; use "
-            "the class instead of its name"
-        )
-    plugin = scorer or reducer
+    plugin = known.named(known.scorers, call.name, "scorer") or known.named(
+        known.reducers, call.name, "reducer"
+    )
     if plugin is None:
         recipe = known.named(known.recipes, call.name, "recipe")
         if recipe is not None:
@@ -173,11 +170,12 @@ def _step(call: _Call, spec: str) -> Scorer | Reducer:
         }
         raise UnknownNameError(
             f"unknown strategy {call.name!r} in {spec!r}; known: {', '.join(sorted(names))}"
+            + known.broken_hint
         )
     return _build(plugin.factory, call)
 
 
-def _placement(call: _Call, spec: str) -> Placement:
+def _placement(call: Call, spec: str) -> Placement:
     if call.name not in PLACEMENTS:
         raise UnknownNameError(
             f"unknown placement {call.name!r} in {spec!r}; known: {', '.join(PLACEMENTS)}"
@@ -185,46 +183,16 @@ def _placement(call: _Call, spec: str) -> Placement:
     return _build(PLACEMENTS[call.name], call)
 
 
-def _build(factory: type[T], call: _Call) -> T:
+def _build(factory: type[T], call: Call) -> T:
     try:
-        return factory(*call.positional, **call.named)
-    except TypeError as error:
+        made = factory(*call.positional, **call.named)
+    except TokenpruneError:
+        raise
+    except Exception as error:  # of a third party's `__post_init__`, too
         fields = ", ".join(f.name for f in dataclasses.fields(factory)) or "no arguments"  # type: ignore[arg-type]
         raise SpecError(f"{call.name} takes {fields}: {error}") from error
-
-
-def _call(text: str, spec: str) -> _Call:
-    match = _CALL.fullmatch(text.strip())
-    if match is None:
-        raise SpecError(f"cannot read {text.strip()!r} in {spec!r}; a step looks like evict(128)")
-    name, arguments = match.group(1), match.group(2) or "()"
-    try:
-        call = ast.parse(f"_{arguments}", mode="eval").body
-        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
-            raise ValueError("more than one pair of parentheses")
-        positional = tuple(ast.literal_eval(value) for value in call.args)
-        named = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords if k.arg}
-        if len(named) < len(call.keywords):
-            raise ValueError("a name stands twice, or '**' is used")
-    except (SyntaxError, TypeError, ValueError) as error:  # TypeError: {[1]} is unhashable
-        raise SpecError(
-            f"cannot read the arguments {arguments} of {name!r} in {spec!r}: {error}; they must "
-            "be Python literals, e.g. (128), (layers=3) or (ensemble='max')"
-        ) from None
-    return _Call(name, positional, named)
-
-
-def _split(text: str, separator: str, spec: str) -> list[str]:
-    """`text` cut at separators that stand outside of brackets and quotes."""
-    parts, _ = cut(text, separator)
-    if not text.strip():
-        raise SpecError(
-            f"a stage or step is missing in {spec!r}; a spec looks like "
-            "'cls-attention | evict(128) @ before-llm'"
-        )
-    if not all(part.strip() for part in parts):
-        raise SpecError(f"nothing stands on one side of {separator!r} in {spec!r}")
-    return parts
+    check_types(call.name, made)
+    return made
 
 
 def _name_of(value: object) -> str:

@@ -9,16 +9,16 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from .errors import ScoreError, ShapeError, SpecError
+from .errors import SpecError
 from .idle_steps import check_budgets_fall, check_no_repetition, check_scores_are_read
 from .kept_patches import Origin
 from .placement import Placement
 from .plan import Plan
 from .precision import full_precision
 from .signals import Signal, Signals
+from .step_results import check_declared, check_plan, check_scores
 from .tokens import VisualTokens
 
 
@@ -108,8 +108,14 @@ class Strategy:
         object.__setattr__(self, "steps", steps)
         scored = False
         for step in steps:
+            if isinstance(step, type) and issubclass(step, (Scorer, Reducer)):
+                raise SpecError(
+                    f"a step is an instance, got the class {step.__name__}: write "
+                    f"{step.__name__}(...)"
+                )
             if not isinstance(step, (Scorer, Reducer)):
                 raise SpecError(f"a step must be a Scorer or a Reducer, got {step!r}")
+            check_declared(step)
             needs = isinstance(step, Reducer) and step.needs_scores and not step.ignores_scores
             if needs and not scored:
                 raise SpecError(
@@ -136,15 +142,18 @@ class Strategy:
         return Stage(self, placement)
 
     def __call__(self, tokens: VisualTokens, signals: Signals | None = None) -> Reduction:
-        """Run the steps on `tokens`.
+        """Run the steps on `tokens`. Each sees the signals that it declares, and no others.
 
         Raises:
-            MissingSignalError: a step reads a signal that is not in `signals`.
+            MissingSignalError: a step reads a signal that it does not declare, or declares one
+                that is not in `signals`.
             ScoreError: a scorer returned NaN on a real token.
-            ShapeError: a scorer or a signal has the wrong axes.
+            ShapeError: a signal has the wrong axes, or a step returned something else than it must.
         """
+        signals = Signals() if signals is None else signals
+        signals.check(tokens.mask)
         with full_precision(tokens.features.device):
-            return self._run(tokens, Signals() if signals is None else signals)
+            return self._run(tokens, signals)
 
     def _run(self, tokens: VisualTokens, signals: Signals) -> Reduction:
         plan: Plan | None = None
@@ -152,11 +161,11 @@ class Strategy:
         scores = first = None
         for number, step in enumerate(self.steps, start=1):
             if isinstance(step, Scorer):
-                scores = step.score(tokens, signals)
-                _check_scores(step, scores, tokens)
+                scores = check_scores(step, step.score(tokens, signals.only(step.signals)), tokens)
                 first = scores if first is None and plan is None else first
                 continue
-            decided = step.plan(tokens, scores, signals)
+            seen = signals.only(step.signals)
+            decided = check_plan(step, step.plan(tokens, scores, seen), tokens)
             plan = decided if plan is None else plan.then(decided)
             if decided.is_identity:
                 continue
@@ -177,22 +186,3 @@ class Stage:
 
     def __post_init__(self) -> None:
         self.placement.check(self.strategy.steps)
-
-
-def _check_scores(scorer: Scorer, scores: Tensor, tokens: VisualTokens) -> None:
-    expected = tuple(tokens.mask.shape)
-    if tuple(scores.shape) != expected or scores.dtype != torch.float32:
-        raise ShapeError(
-            f"{type(scorer).__name__} must return float32 scores with axes (batch tokens) = "
-            f"{expected}, got {scores.dtype} {tuple(scores.shape)}"
-        )
-    if scores.device != tokens.features.device:
-        raise ShapeError(
-            f"{type(scorer).__name__} must return scores on {tokens.features.device}, "
-            f"got {scores.device}"
-        )
-    if bool((scores.isnan() & tokens.mask).any()):
-        raise ScoreError(
-            f"{type(scorer).__name__} returned NaN, which cannot be ranked; look for overflow in "
-            "the model (fp16 attention logits) or for a division by zero in the scorer"
-        )

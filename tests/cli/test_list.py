@@ -10,7 +10,7 @@ from tokenprune import Evict, Keep, Plan, ScorerPlugin, Signals, VisualTokens, _
 from tokenprune.cli import listing
 from tokenprune.cli.catalogue import catalogue, markdown
 from tokenprune.plugins import RecipePlugin, ReducerPlugin, Registry, registry
-from tokenprune.plugins.manager import Offer
+from tokenprune.plugins.offers import Offer
 from tokenprune.scorers import RandomScorer
 from tokenprune.strategy import Reducer
 
@@ -48,8 +48,8 @@ def test_models_say_what_can_be_done_to_them(tokenprune: Command) -> None:
 
 def test_a_line_says_what_is_needed(tokenprune: Command) -> None:
     output = tokenprune("list").output
-    assert "; reads ClsAttention  [tokenprune]" in output
-    assert "; reads scores  [tokenprune]" in output
+    assert "; reads ClsAttention  [tokenprune-vlm]" in output
+    assert "; reads scores  [tokenprune-vlm]" in output
     assert "; for LlavaForConditionalGeneration  [tokenprune-vlm]" in output
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import Phase, settings
 
 from tokenprune.plugins import registry
-from tokenprune.plugins.manager import Offer
+from tokenprune.plugins.offers import Offer
 from tokenprune.testing import CHECKS, run_check
 
 from .gallery import FAULTS, Fault

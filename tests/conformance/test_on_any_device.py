@@ -29,7 +29,7 @@ from tokenprune import (
     ToMe,
     VisualTokens,
 )
-from tokenprune.plugins import registry
+from tokenprune.plugins import CORE, registry
 from tokenprune.testing import ReducerCase, ScorerCase, budgets, inputs_for, plans, visual_tokens
 from tokenprune.testing.cases import cases_of
 from tokenprune.testing.inputs import same_bits
@@ -56,7 +56,7 @@ VARIANTS = [
 def cases(kind: type[Any]) -> Callable[[Any], Any]:
     known = registry()
     steps = [*known.scorers, *known.reducers]
-    ours = [offer.plugin.factory for offer in steps if offer.origin == "tokenprune"]
+    ours = [offer.plugin.factory for offer in steps if offer.origin == CORE]
     made = [case for factory in ours for case in cases_of(factory) if isinstance(case, kind)]
     assert made
     made += [case for case in VARIANTS if isinstance(case, kind)]

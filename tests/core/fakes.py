@@ -30,8 +30,8 @@ from tokenprune import (
     builtin,
     hookimpl,
 )
-from tokenprune.plugins import Registry
-from tokenprune.plugins.manager import build_registry
+from tokenprune.plugins import CORE, Registry
+from tokenprune.plugins.discovery import build_registry
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,21 @@ def module_with(**hooks: object) -> ModuleType:
 
 
 def registry_of(*entries: FakeEntry) -> Registry:
-    return build_registry(entries, {"tokenprune": builtin})  # type: ignore[arg-type]
+    return build_registry(entries, {CORE: builtin})  # type: ignore[arg-type]
 
 
 @contextmanager
 def installed(*entries: FakeEntry) -> Iterator[Registry]:
     """Pretend that these plugins, and no others, are installed."""
-    known = registry_of(*entries)
+    with installed_in(registry_of(*entries)) as known:
+        yield known
+
+
+@contextmanager
+def installed_in(known: Registry) -> Iterator[Registry]:
+    """Pretend that this is what is installed."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("tokenprune.spec", "tokenprune.attach"):
+        for name in ("tokenprune.spec", "tokenprune.attach", "tokenprune.stage_support"):
             patch.setattr(sys.modules[name], "registry", lambda: known)
         yield known
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from core.fakes import (
     FakeAdapter,
@@ -16,6 +20,7 @@ from core.fakes import (
     SaysScorer,
     Tower,
     entry,
+    installed_in,
     module_with,
     name_of,
     registry_of,
@@ -24,19 +29,24 @@ from tokenprune import (
     Evict,
     ModelPlugin,
     PluginError,
+    Pool,
     RandomScorer,
     RecipePlugin,
     ReducerPlugin,
+    Scorer,
     ScorerPlugin,
+    Signals,
     TowerPlugin,
     UnknownNameError,
     UnsupportedError,
+    VisualTokens,
     builtin,
     hookimpl,
+    parse,
 )
-from tokenprune.plugins import registry
+from tokenprune.plugins import CORE, INTERFACE, registry
+from tokenprune.plugins.discovery import build_registry
 from tokenprune.plugins.hookspec import HOOKS
-from tokenprune.plugins.manager import build_registry
 
 SAYS = ScorerPlugin("says", "a text", SaysScorer)
 
@@ -54,11 +64,11 @@ def test_built_ins_come_through_the_same_door() -> None:
     assert not without.reducers
     as_entry = registry_of(entry("p", module_with(scorers=[SAYS])))
     origins = {offer.plugin.name: offer.origin for offer in as_entry.scorers}
-    assert origins["random"] == "tokenprune"
+    assert origins["random"] == CORE
     assert origins["says"] == "p"
     third_party = build_registry([entry("elsewhere", builtin)], {})  # type: ignore[list-item]
     assert {o.plugin.name for o in third_party.scorers} == {
-        o.plugin.name for o in build_registry([], {"tokenprune": builtin}).scorers
+        o.plugin.name for o in build_registry([], {CORE: builtin}).scorers
     }
 
 
@@ -114,7 +124,7 @@ def test_what_is_installed_is_found_once() -> None:
 
 
 def test_every_built_in_makes_sense_to_a_reader() -> None:
-    known = build_registry([], {"tokenprune": builtin})
+    known = build_registry([], {CORE: builtin})
     for offer in [*known.scorers, *known.reducers]:
         assert offer.plugin.factory.__doc__
         assert len(offer.plugin.summary) < 100
@@ -125,16 +135,91 @@ def test_every_built_in_makes_sense_to_a_reader() -> None:
 # ---------------------------------------------------------------------------------- conflicts
 
 
-def test_two_plugins_of_one_name_are_both_named() -> None:
-    mine = ScorerPlugin("random", "another", RandomScorer)
-    known = registry_of(entry("p", module_with(scorers=[mine]), dist="my-dist"))
-    with pytest.raises(PluginError) as caught:
-        known.named(known.scorers, "random", "scorer")
-    assert str(caught.value) == (
-        "two plugins offer a scorer called 'random': tokenprune and my-dist; uninstall one, or "
-        "use its class instead of its name"
+KINDS = {
+    "scorers": lambda name: ScorerPlugin(name, "a scorer", SaysScorer),
+    "reducers": lambda name: ReducerPlugin(name, "a reducer", Evict),
+    "recipes": lambda name: RecipePlugin(name, "a recipe", "random | evict(3)"),
+    "towers": lambda name: TowerPlugin(name, "a tower", FakeTowerAdapter, ()),
+    "models": lambda name: ModelPlugin(name, "a model", FakeAdapter, ()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["pool", "random", "hf-llava"])
+def test_names_of_our_own_cannot_be_taken(kind: str, name: str) -> None:
+    """A recipe called `pool` would change what `pool(16)` means, for everyone."""
+    records: dict[str, Any] = {"scorers": [SAYS]}
+    records[kind] = [*records.get(kind, []), KINDS[kind](name)]
+    module = module_with(**records)
+    ours = entry("adapters", module_with(models=[KINDS["models"]("hf-llava")]), dist=CORE)
+    with pytest.warns(UserWarning, match=f"PluginError: '{name}' is the name of a .* of token"):
+        known = registry_of(entry("p", module, dist="my-dist"), ours)
+    assert "says" not in known.names(known.scorers)  # all of a package or nothing
+    with installed_in(known):
+        assert parse("pool(16)").strategy.steps == (Pool(16),)
+        assert isinstance(parse("random | evict(3)").strategy.steps[0], RandomScorer)
+
+
+@pytest.mark.parametrize("first", KINDS)
+@pytest.mark.parametrize("second", KINDS)
+def test_a_name_of_two_packages_belongs_to_nobody(first: str, second: str) -> None:
+    known = registry_of(
+        entry("a", module_with(**{first: [KINDS[first]("mine")]}), dist="dist-a"),
+        entry("b", module_with(**{second: [KINDS[second]("mine")]}), dist="dist-b"),
     )
+    assert known.holders("mine") == {
+        "dist-a": first.removesuffix("s"),
+        "dist-b": second.removesuffix("s"),
+    }
+    with pytest.raises(PluginError) as caught:
+        known.named(getattr(known, first), "mine", first.removesuffix("s"))
+    said = str(caught.value)
+    assert said.startswith("'mine' is a name of two plugins: a ")
+    assert f"a {first[:-1]} of dist-a" in said
+    assert f"a {second[:-1]} of dist-b" in said
+    assert said.endswith(f"uninstall one, or use the class instead of the name of the {first[:-1]}")
     assert known.named(known.scorers, "uniform", "scorer")  # the others still work
+
+
+@pytest.mark.parametrize(("first", "second"), [("scorers", "reducers"), ("recipes", "recipes")])
+def test_a_package_gives_a_name_once(first: str, second: str) -> None:
+    records = {first: [KINDS[first]("mine")]}
+    records[second] = [*records.get(second, []), KINDS[second]("mine")]
+    with pytest.warns(UserWarning, match="it offers two things called 'mine'"):
+        registry_of(entry("p", module_with(**records)))
+
+
+def test_a_recipe_may_be_called_like_a_step_of_its_own_package() -> None:
+    records = {kind: [KINDS[kind]("mine")] for kind in ("scorers", "recipes", "models", "towers")}
+    known = registry_of(entry("p", module_with(**records)))
+    assert not known.broken
+    assert known.named(known.recipes, "mine", "recipe")
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        (INTERFACE, None),
+        (None, None),
+        (
+            INTERFACE + 1,
+            "version 2 of the plugin interface, and this tokenprune-vlm has version 1",
+        ),
+        (0, "takes 1 to 1: upgrade p, or install an older tokenprune-vlm"),
+        ("1", "tokenprune_interface must be an int such as 1, got '1'"),
+    ],
+)
+def test_the_interface_has_a_version(version: object, words: str | None) -> None:
+    module = module_with(scorers=[SAYS])
+    if version is not None:
+        module.tokenprune_interface = version  # type: ignore[attr-defined]
+    if words is None:
+        known = registry_of(entry("p", module))
+        assert "says" in known.names(known.scorers)
+        return
+    with pytest.warns(UserWarning, match=words):
+        known = registry_of(entry("p", module))
+    assert "says" not in known.names(known.scorers)
 
 
 def test_two_adapters_of_one_class_are_both_named_and_one_can_be_chosen() -> None:
@@ -149,6 +234,11 @@ def test_two_adapters_of_one_class_are_both_named_and_one_can_be_chosen() -> Non
         "choose one: attach(..., adapter='first')"
     )
     assert known.claiming(known.models, Model(), "second").name == "second"
+    with pytest.raises(UnsupportedError) as refused:
+        known.claiming(known.models, Tower(), "second")
+    assert str(refused.value) == (
+        "adapter 'second' is for Model, not for Tower; no adapter claims that class"
+    )
     with pytest.raises(UnknownNameError, match="no model adapter is called 'third'; known: fir"):
         known.claiming(known.models, Model(), "third")
 
@@ -253,7 +343,7 @@ def test_misspelled_hooks_list_the_right_ones() -> None:
 def test_a_plugin_that_cannot_be_imported_is_named() -> None:
     point = EntryPoint("gone", "a_package_that_is_not_there.plugin", "tokenprune")
     with pytest.warns(UserWarning, match="'gone' of 'a_package_that_is_not_there.plugin': Module"):
-        known = build_registry([point], {"tokenprune": builtin})
+        known = build_registry([point], {CORE: builtin})
     with pytest.raises(PluginError, match="No module named 'a_package_that_is_not_there'"):
         known.named(known.scorers, "gone", "scorer")
     with pytest.raises(PluginError, match="plugin 'gone' is broken"):
@@ -292,12 +382,86 @@ def test_summaries_are_one_line(summary: str) -> None:
         ScorerPlugin("says", summary, SaysScorer)
 
 
-@pytest.mark.parametrize("claims", ["transformers.models.llava.Llava", (Model,), [3]])
+@pytest.mark.parametrize(
+    "claims", ["transformers.models.llava.Llava", (Model,), [3], ("Llava",), ("a.b-c",)]
+)
 def test_claims_are_names_of_classes(claims: tuple[str, ...]) -> None:
-    """A lone string would claim whatever is a part of it."""
+    """A lone string would claim whatever is a part of it, a short name nothing at all."""
     for record, factory in ((ModelPlugin, FakeAdapter), (TowerPlugin, FakeTowerAdapter)):
-        with pytest.raises(PluginError, match="'x' must claim a tuple of full class names, got"):
+        with pytest.raises(PluginError, match="'x' must claim a tuple of full class names, such"):
             record("x", "an adapter", factory, claims)  # type: ignore[arg-type]
+
+
+class Loose(SaysScorer):
+    """Forgets that a subclass with fields is a dataclass only if it says so."""
+
+    strength: float = 2.0
+
+
+@dataclass
+class Thawed(Scorer):
+    def score(self, tokens: VisualTokens, signals: Signals) -> Tensor:
+        return torch.zeros(tokens.mask.shape)
+
+
+class Plain(Scorer):
+    def score(self, tokens: VisualTokens, signals: Signals) -> Tensor:
+        return torch.zeros(tokens.mask.shape)
+
+
+@dataclass(frozen=True)
+class Unfinished(Scorer):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        (
+            SaysScorer(),
+            "must offer the class of a scorer, a subclass of tokenprune.Scorer, got",
+        ),
+        (lambda: SaysScorer(), "must offer the class of a scorer"),
+        (Evict, "must offer the class of a scorer"),
+        (Loose, "Loose of plugin 'x' annotates strength, but is no dataclass of its own"),
+        (Thawed, "Thawed of plugin 'x' must be a frozen dataclass"),
+        (Plain, "Plain of plugin 'x' must be a frozen dataclass"),
+        (Unfinished, "Unfinished of plugin 'x' does not define score"),
+    ],
+)
+def test_factories_of_steps_are_frozen_dataclasses(factory: Any, words: str) -> None:
+    with pytest.raises(PluginError, match=words):
+        ScorerPlugin("x", "a scorer", factory)
+
+
+def test_factories_of_adapters_give_adapters() -> None:
+    with pytest.raises(PluginError, match="the factory of plugin 'x' must be a function"):
+        ModelPlugin("x", "a model", FakeAdapter(), ())  # type: ignore[arg-type]
+    with pytest.raises(PluginError, match="trials of plugin 'x' must be a function"):
+        ModelPlugin("x", "a model", FakeAdapter, (), trials=[])  # type: ignore[arg-type]
+    for record, factory in (
+        (ModelPlugin, lambda: FakeAdapter),
+        (ModelPlugin, FakeTowerAdapter),
+        (TowerPlugin, FakeAdapter),
+    ):
+        made = record("x", "an adapter", factory, ())
+        with pytest.raises(PluginError, match="plugin 'x' must give an instance of tokenprune"):
+            made.adapter()
+
+
+@pytest.mark.parametrize(
+    ("template", "defaults", "words"),
+    [
+        (3, {}, "needs a template"),
+        ("random | evict(3)", ["keep"], "needs a template"),
+        ("random | evict({keep})", {"keep": 3, "seed": 0}, "a default for 'seed', which its tem"),
+        ("random | | evict(3)", {}, "recipe 'x' is no spec: nothing stands on one side"),
+        ("random @ before-llm @ before-llm", {}, "recipe 'x' is no spec"),
+    ],
+)
+def test_recipes_are_specs(template: Any, defaults: Any, words: str) -> None:
+    with pytest.raises(PluginError, match=words):
+        RecipePlugin("x", "a recipe", template, defaults)
 
 
 def test_records_cannot_be_changed() -> None:

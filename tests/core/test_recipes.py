@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 
 from core.fakes import entry, installed, module_with
@@ -12,6 +14,7 @@ from tokenprune import (
     Evict,
     PluginError,
     RecipePlugin,
+    ReducerPlugin,
     SpecError,
     Strategy,
     parse,
@@ -100,16 +103,22 @@ def test_recipes_do_not_nest() -> None:
         parse("loop")
 
 
+@dataclass(frozen=True)
+class Drop(Evict):
+    """A reducer of a third party."""
+
+
 def test_a_recipe_may_share_its_name_with_a_reducer() -> None:
     """Alone it is the recipe; with a scorer before it, or arguments of its own, the reducer."""
     recipe = RecipePlugin(
-        "evict", "a recipe", template="random | evict({keep})", defaults={"keep": 5}
+        "drop", "a recipe", template="random | drop({keep})", defaults={"keep": 5}
     )
-    with installed(entry("p", module_with(recipes=[recipe]))):
-        assert spec_of(parse("evict").strategy) == "random | evict(5)"
-        assert spec_of(parse("uniform | evict(4)").strategy) == "uniform | evict(4)"
-        with pytest.raises(SpecError, match="Evict ranks tokens by scores"):
-            parse("evict(4, per='crop')")
+    reducer = ReducerPlugin("drop", "a reducer", Drop)
+    with installed(entry("p", module_with(recipes=[recipe], reducers=[reducer]))):
+        assert spec_of(parse("drop").strategy) == "random | drop(5)"
+        assert spec_of(parse("uniform | drop(4)").strategy) == "uniform | drop(4)"
+        with pytest.raises(SpecError, match="Drop ranks tokens by scores"):
+            parse("drop(4, per='crop')")
 
 
 @pytest.mark.parametrize(

@@ -305,15 +305,6 @@ def test_any_text_is_read_or_refused_in_our_words(text: str) -> None:
         assert parse_schedule(text)
 
 
-def test_a_name_of_both_a_scorer_and_a_reducer_is_refused() -> None:
-    clash = ReducerPlugin("random", "not the scorer", Evict)
-    with (
-        installed(entry("p", module_with(reducers=[clash]))),
-        pytest.raises(SpecError, match=r"'random' in .* is both a scorer and a reducer"),
-    ):
-        parse("random(3) | evict(3)")
-
-
 def test_a_broken_plugin_asked_for_by_name_says_why() -> None:
     def load() -> object:
         raise ImportError("no module named 'magic'")

@@ -250,7 +250,11 @@ TWO = VisualTokens.of(torch.zeros(1, 2, 1))
         (lambda: Strategy(RandomScorer(), Evict(3), UniformScorer()), "Evict, UniformScorer"),
         (lambda: Strategy(Evict(3)), "Evict ranks tokens by scores, but no scorer stands before"),
         (lambda: Strategy(Pairs(), Evict(3)), "try Strategy(ClsAttentionScorer(), Evict(...))"),
-        (lambda: Strategy(RandomScorer, Evict(3)), "a step must be a Scorer or a Reducer, got"),
+        (lambda: Strategy("random", Evict(3)), "a step must be a Scorer or a Reducer, got 'ra"),
+        (
+            lambda: Strategy(RandomScorer, Evict(3)),
+            "a step is an instance, got the class Random",
+        ),
         (lambda: Strategy("random", Evict(3)), "got 'random'"),
         (lambda: AfterLayer(0), "layers must be an int >= 1, got 0"),
         (lambda: AfterLayer(2.0), "layers must be an int >= 1, got 2.0"),
@@ -311,5 +315,5 @@ def test_nan_on_padding_and_infinities_are_fine() -> None:
 
 def test_a_signal_of_another_number_of_tokens_is_noticed() -> None:
     signals = Signals({ClsAttention(1): torch.ones(1, 1, 1, 3)})
-    with pytest.raises(ShapeError, match="ClsAttentionScorer must return float32 scores"):
+    with pytest.raises(ShapeError, match="has 3 along 'tokens', where the visual tokens have 2"):
         Strategy(ClsAttentionScorer(1), Evict(1))(TWO, signals)

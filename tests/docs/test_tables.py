@@ -11,7 +11,7 @@ import pytest
 from support.markdown import ROOT
 from support.script import script
 from tokenprune.plugins import registry
-from tokenprune.plugins.manager import Offer
+from tokenprune.plugins.offers import Offer
 from tokenprune.versions import LIBRARIES, library
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..budget import Budgeted
-from ..plugins import ReducerPlugin, Registry, ScorerPlugin
+from ..plugins import CORE, ReducerPlugin, Registry, ScorerPlugin
 from ..spec import PLACEMENTS
 
 
@@ -40,7 +40,7 @@ def catalogue(known: Registry) -> Iterator[Line]:
         yield _strategy("reducer", reducer.plugin, reducer.origin)
     for name, placement in PLACEMENTS.items():
         summary = (inspect.getdoc(placement) or "").partition("\n")[0].rstrip(".")
-        yield Line("placement", name, summary, "", "", "tokenprune")
+        yield Line("placement", name, summary, "", "", CORE)
     for recipe in known.recipes:
         plugin = recipe.plugin
         yield Line(

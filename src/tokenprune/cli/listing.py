@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from itertools import groupby
+from textwrap import fill
 
-from ..plugins import registry
+from ..plugins import Registry, registry
 from .catalogue import Line, catalogue, markdown
 from .console import console
 
@@ -24,19 +25,27 @@ def show_offers() -> None:
     out = console()
     lines = list(catalogue(registry()))
     width = max(len(line.name) for line in lines)
+    known = registry()
     for kind, group in groupby(lines, key=lambda line: line.kind):
         out.print(_HEADINGS[kind], style="bold")
         for line in group:
-            # One line each, however narrow the terminal: people grep it.
-            out.print(f"  {line.name:<{width}}  {_about(line)}", markup=False, soft_wrap=True)
+            text = f"  {line.name:<{width}}  {_about(line, known)}"
+            if out.is_terminal:
+                text = fill(text, out.width, subsequent_indent=" " * (width + 4))
+            # In a pipe one line each: people grep it.
+            out.print(text, markup=False, soft_wrap=True)
         out.print()
     for name, error in registry().broken.items():
         out.print(f"broken: {name}: {error}", style="red", markup=False, soft_wrap=True)
 
 
-def _about(line: Line) -> str:
+def _about(line: Line, known: Registry) -> str:
     needs = f"; {_NEEDS.get(line.kind, 'reads')} {line.needs}" if line.needs else ""
-    return f"{line.summary}{needs}  [{line.origin}]"
+    others = known.holders(line.name)
+    others.pop(line.origin, None)
+    clash = " and ".join(f"a {kinds} of {origin}" for origin, kinds in others.items())
+    marked = f"; NAME CLASH with {clash}: neither works by name" if clash else ""
+    return f"{line.summary}{needs}{marked}  [{line.origin}]"
 
 
 def show_recipes() -> None:

@@ -11,6 +11,15 @@ from .types import ModelPlugin, RecipePlugin, ReducerPlugin, ScorerPlugin, Tower
 PROJECT = "tokenprune"
 """Name of the project for pluggy, and of the entry-point group."""
 
+INTERFACE = 1
+"""Version of the interface that plugins are written for: hooks, records, `Scorer`, `Reducer`,
+`TowerAdapter`, `ModelAdapter` and what these are handed. A plugin says `tokenprune_interface = 1`
+beside its hooks; one that says nothing was written for version 1. The version rises when a plugin
+that keeps to the documented names would no longer work."""
+
+OLDEST_INTERFACE = 1
+"""Oldest version that still loads."""
+
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 """Marks an implementation: ``@tokenprune.hookimpl``."""

@@ -106,7 +106,7 @@ def check_m2_detaching_restores_the_model(case: ModelCase) -> None:
             _restored(case, model, batch, before, expected, f"{where}, after an exception")
 
         known = registry()
-        adapter = known.claiming(known.models, model, case.adapter).factory()
+        adapter = known.claiming(known.models, model, case.adapter).adapter()
         stages = _stages(case, placement, HALF)
 
         def install(adapter: Any = adapter, stages: Any = stages) -> Iterator[Removable]:

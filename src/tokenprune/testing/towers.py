@@ -102,7 +102,7 @@ def check_t3_nothing_stays_behind(case: TowerCase) -> None:
     require(not left, f"{case.name} leaves behind after an exception: {left}")
 
     known = registry()
-    adapter = known.claiming(known.towers, tower, case.adapter).factory()
+    adapter = known.claiming(known.towers, tower, case.adapter).adapter()
 
     def install() -> Iterator[Removable]:
         wanted = frozenset(case.signals)

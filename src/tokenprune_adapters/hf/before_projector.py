@@ -100,7 +100,7 @@ class BeforeProjector(NotCopyable):
 def tower_adapter(tower: nn.Module) -> TowerAdapter:
     """The adapter of the model's vision tower."""
     known = registry()
-    return known.claiming(known.towers, tower, None).factory()
+    return known.claiming(known.towers, tower, None).adapter()
 
 
 def check_select_strategy(parts: Anatomy, has_cls: bool) -> None:

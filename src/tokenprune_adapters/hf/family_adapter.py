@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 from torch import nn
 
@@ -43,6 +44,12 @@ class FamilyAdapter(ModelAdapter):
     Args:
         family: the family of the models.
     """
+
+    options: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        "per": ("crop", "frame"),
+        "positions": ("original", "reindexed"),
+        "newline": ("drop",),
+    }
 
     def __init__(self, family: Family) -> None:
         self.family = family

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenprune.attach import check_signals
 from tokenprune.budget import Keep
 from tokenprune.errors import AttachError, BudgetError, SpecError, UnsupportedError
 from tokenprune.placement import BeforeLLM
@@ -25,6 +24,7 @@ from tokenprune.signals import (
     Signals,
 )
 from tokenprune.spec import parse_schedule, shown
+from tokenprune.stage_support import check_signals
 from tokenprune.strategy import Reducer, Stage, Strategy
 from tokenprune.tokens import VisualTokens
 

@@ -275,7 +275,7 @@ def test_detaching_restores_the_tower(name: str) -> None:
     assert not before.differences()
     assert same_output(tower(pictures()), expected)
     known = registry()
-    adapter = known.claiming(known.models, tower, None).factory()
+    adapter = known.claiming(known.models, tower, None).adapter()
     for count, left in interrupted_installs(
         lambda: adapter.install(tower, stages, Record()), before
     ):
