@@ -105,6 +105,8 @@ class TowerCase:
         oracle: `(tower, inputs, signal)` to what the signal must be, derived some other way, e.g.
             from `output_attentions` of eager attention. Optional, and what gives T2 its teeth.
         features: `(tower, inputs)` to the `(batch, tokens, channels)` features. Optional.
+        painted: `(inputs, token)` to inputs whose first picture is changed where its token stands.
+            By default 4-D inputs are taken for pixels, in a grid of as many patches as tokens.
         run: calls the tower.
         expected_failures: promises that its adapter is known to break, with reasons; strict.
     """
@@ -117,6 +119,7 @@ class TowerCase:
     adapter: str | None = None
     oracle: Callable[[nn.Module, dict[str, Any], Signal], Tensor] | None = None
     features: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None
+    painted: Callable[[dict[str, Any], int], dict[str, Any]] | None = None
     run: Callable[[nn.Module, dict[str, Any]], Any] = lambda tower, inputs: tower(**inputs)
     expected_failures: Exceptions = field(default_factory=dict)
     exempt: Exceptions = field(default_factory=dict)

@@ -9,7 +9,8 @@ shrinks towards one row of one zero token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias, TypeVar
+from functools import cache
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from einops import rearrange
@@ -45,10 +46,18 @@ _PALETTE = (0.0, 1.0, -1.0, 2.0, 0.5, -3.0, -0.0, -0.25)
 _SCALES = {torch.float16: (1.0, 2.0**4, 2.0**-10)}
 _SCALES_FLOAT32 = (1.0, 2.0**40, 2.0**-40)
 _JUNK = st.sampled_from((0.0, 1e4, torch.nan, torch.inf, -torch.inf))
+_BOTH = st.booleans()
+
+_between = cache(st.integers)
+_one_of = cache(st.sampled_from)
 
 
-def _choices(count: int, options: Sequence[T]) -> SearchStrategy[list[T]]:
-    """`count` of `options`. Bytes are much faster than lists, and shrink as well."""
+@cache
+def _choices(count: int, options: tuple[T, ...] | range) -> SearchStrategy[list[Any]]:
+    """`count` of `options`. Bytes are much faster than lists, and shrink as well.
+
+    Kept, like every strategy here that is drawn from often: hypothesis looks at each anew.
+    """
     chosen = st.binary(min_size=count, max_size=count)
     return chosen.map(lambda drawn: [options[byte % len(options)] for byte in drawn])
 
@@ -56,16 +65,16 @@ def _choices(count: int, options: Sequence[T]) -> SearchStrategy[list[T]]:
 @st.composite
 def values(draw: DrawFn, rows: int, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """`(rows, channels)` with duplicates, zeros, and now and then extreme magnitudes."""
-    vectors = draw(_choices(draw(st.integers(1, 4)) * channels, _PALETTE))
+    vectors = draw(_choices(draw(_between(1, 4)) * channels, _PALETTE))
     palette = torch.tensor([*[0.0] * channels, *vectors]).reshape(-1, channels)
     x = palette[draw(_choices(rows, range(len(palette))))]
-    if draw(st.booleans()):  # no two alike
-        generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    if draw(_BOTH):  # no two alike
+        generator = torch.Generator().manual_seed(draw(_between(0, 2**16)))
         x = x + torch.randn(rows, channels, generator=generator)
-    if draw(st.integers(0, 3)) == 3:  # an outlier, as towers really have them
-        x[draw(st.integers(0, rows - 1))] *= 2.0**8
-    if draw(st.integers(0, 3)) == 3:
-        x = x * draw(st.sampled_from(_SCALES.get(dtype, _SCALES_FLOAT32)))
+    if draw(_between(0, 3)) == 3:  # an outlier, as towers really have them
+        x[draw(_between(0, rows - 1))] *= 2.0**8
+    if draw(_between(0, 3)) == 3:
+        x = x * draw(_one_of(_SCALES.get(dtype, _SCALES_FLOAT32)))
     return x.to(dtype)
 
 
@@ -93,13 +102,13 @@ def visual_tokens(
         protected: whether tokens may be protected.
         sizes: whether tokens may stand for more than one.
     """
-    batch = draw(st.integers(min_batch, max_batch))
+    batch = draw(_between(min_batch, max_batch))
     if padding:
         lengths = draw(_choices(batch, range(1, max_tokens + 1)))
-        width = max(lengths) + draw(st.integers(0, 2))
-        side = draw(st.sampled_from(("right", "left", "between")))
+        width = max(lengths) + draw(_between(0, 2))
+        side = draw(_one_of(("right", "left", "between")))
     else:
-        width = draw(st.integers(1, max_tokens))
+        width = draw(_between(1, max_tokens))
         lengths, side = [width] * batch, "right"
     mask = torch.zeros(batch, width, dtype=torch.bool)
     for row, length in enumerate(lengths):
@@ -108,27 +117,23 @@ def visual_tokens(
             place = draw(_choices(width, range(256)))
         mask[row, sorted(range(width), key=place.__getitem__)[:length]] = True
 
-    channels = draw(st.integers(1, 4))
-    features = draw(values(batch * width, channels, draw(st.sampled_from(list(dtypes)))))
+    channels = draw(_between(1, 4))
+    features = draw(values(batch * width, channels, draw(_one_of(tuple(dtypes)))))
     features = features.reshape(batch, width, channels)
     features = features.masked_fill(~mask[:, :, None], draw(_JUNK))
-    gaps = draw(st.sampled_from((1, 1, 3)))
-    first = draw(st.sampled_from((0, 0, 35)))
+    gaps = draw(_one_of((1, 1, 3)))
+    first = draw(_one_of((0, 0, 35)))
     return VisualTokens.of(
         features,
         mask=mask,
         patches=((mask.cumsum(1) - 1).clamp(min=0) * gaps + first).masked_fill(~mask, 0),
-        sizes=_marks(draw, mask, (1.0, 1.0, 2.0, 7.0))
-        if sizes and draw(st.integers(0, 2))
-        else None,
-        protected=_marks(draw, mask, (False, False, True))
-        if protected and draw(st.booleans())
-        else None,
+        sizes=_marks(draw, mask, (1.0, 1.0, 2.0, 7.0)) if sizes and draw(_between(0, 2)) else None,
+        protected=_marks(draw, mask, (False, False, True)) if protected and draw(_BOTH) else None,
         ids=torch.tensor(draw(_choices(batch, range(4)))),
     )
 
 
-def _marks(draw: DrawFn, mask: Tensor, options: Sequence[float]) -> Tensor:
+def _marks(draw: DrawFn, mask: Tensor, options: tuple[float, ...] | range) -> Tensor:
     return torch.tensor(draw(_choices(mask.numel(), options))).reshape(mask.shape)
 
 
@@ -150,9 +155,10 @@ def scores_for(draw: DrawFn, tokens: VisualTokens, *, infinite: bool = False) ->
     """
     batch, width = tokens.mask.shape
     scores = draw(values(batch * width, 1)).reshape(batch, width)
-    if infinite and draw(st.booleans()):
+    if infinite and draw(_BOTH):
         scores = scores + _marks(draw, tokens.mask, (0.0, 0.0, torch.inf, -torch.inf))
-    return scores.masked_fill(~tokens.mask, draw(_JUNK))
+    junk: float = draw(_JUNK)
+    return scores.masked_fill(~tokens.mask, junk)
 
 
 @st.composite
@@ -169,7 +175,7 @@ def plans(draw: DrawFn, tokens: VisualTokens | None = None) -> Plan:
     # Every row keeps something: its first real token joins a group.
     groups.scatter_(1, mask.to(torch.uint8).argmax(1, keepdim=True), 0)
     groups = groups.masked_fill(~mask, -1).clamp(max=width - 1)
-    if draw(st.booleans()):
+    if draw(_BOTH):
         return Plan.select(groups >= 0)
     return Plan.group(groups, tokens.sizes)
 
@@ -197,7 +203,7 @@ def real_numbers(draw: DrawFn, signal: Signal, tokens: VisualTokens) -> Tensor:
     rest = [name for name in names if name not in rows]
     count = int(torch.tensor([sizes[name] for name in rows]).prod())
     width = int(torch.tensor([sizes[name] for name in rest]).prod())
-    drawn = draw(values(count, width, draw(st.sampled_from(DTYPES))))
+    drawn = draw(values(count, width, draw(_one_of(DTYPES))))
     packed = f"({' '.join(rows)}) ({' '.join(rest)}) -> {signal.axes}"
     return rearrange(drawn, packed, **sizes)
 
@@ -211,7 +217,7 @@ def attention_rows(draw: DrawFn, signal: Signal, tokens: VisualTokens) -> Tensor
     shape = [n if name in ("batch", "tokens") else 1 for name, n in zip(names, drawn.shape)]  # noqa: B905
     mass = drawn.float().abs().masked_fill(~tokens.mask.reshape(shape), 0)
     # A part of the attention goes elsewhere: to [CLS], to registers, to text.
-    elsewhere = draw(st.sampled_from((0.0, 1.0, 1e6)))
+    elsewhere: float = draw(_one_of((0.0, 1.0, 1e6)))
     total = mass.sum(axis, keepdim=True) * (1 + elsewhere) + torch.finfo(torch.float32).tiny
     return (mass / total).to(drawn.dtype)
 

@@ -1,17 +1,23 @@
-"""Probes that checks of scorers and of reducers share."""
+"""Probes that checks of scorers and of reducers share.
+
+What cannot be seen without an accelerator, or only by chance, is provoked: a tensor that is made
+without saying where it goes, values that travel to the host, ties that torch may order as it likes.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import ClassVar, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import MissingSignalError
+from ..errors import MissingSignalError, ShapeError
 from ..signals import Signal, Signals
 from ..tokens import VisualTokens
 from .inputs import FIELDS, Inputs, Spy, same_bits
@@ -83,9 +89,122 @@ def reads_only(
 def ignores_others(
     name: str, inputs: Inputs, call: Callable[[Inputs], T], same: Callable[[T, T], bool]
 ) -> None:
-    """See that `call` gives the same when there are signals that another step asked for."""
+    """See that `call` gives the same when there are signals that another step asked for.
+
+    Among them are signals of the declared kinds with other arguments, which come first.
+    """
     other: dict[Signal, Tensor] = {SomebodyElses(): torch.full(inputs.tokens.mask.shape, 1e3)}
+    for signal, answer in inputs.signals.items():
+        other.update(_siblings(signal, answer))
     more = replace(inputs, signals=Signals({**other, **inputs.signals}))
     require(
         same(call(more), call(inputs)), f"{name} depends on signals that another step asked for"
     )
+
+
+def _siblings(signal: Signal, answer: Tensor) -> Iterator[tuple[Signal, Tensor]]:
+    """A signal of the same kind with one layer more, where it asks for layers."""
+    if "layers" not in signal.axes.split() or not any(f.name == "layers" for f in fields(signal)):
+        return
+    asked: int | tuple[int, ...] = getattr(signal, "layers")  # noqa: B009
+    more = asked + 1 if isinstance(asked, int) else (*asked, max(asked) + 7)
+    axis = signal.axes.split().index("layers")
+    last = answer.narrow(axis, 0, 1).flip(0) + 1e3
+    yield replace(signal, layers=more), torch.cat([answer, last], axis)  # type: ignore[call-arg]
+
+
+@contextmanager
+def elsewhere() -> Iterator[None]:
+    """Play an accelerator: tensors made without a device land elsewhere, and none may come back.
+
+    While `meta` is the default device, a tensor that is made without saying where cannot meet one
+    of the inputs. What would copy values to the host raises.
+    """
+    with torch.device("meta"), _NoHost():
+        yield
+
+
+class _NoHost(TorchFunctionMode):
+    """Refuses what brings a whole tensor to the host."""
+
+    _WAYS = (Tensor.cpu, Tensor.numpy, Tensor.__array__)
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        where = (*args[1:2], kwargs.get("device")) if func is Tensor.to else ()
+        if func in self._WAYS or "cpu" in [each for each in where if isinstance(each, str)]:
+            name = getattr(func, "__name__", str(func))
+            raise AssertionError(f"Tensor.{name} brings values to the host")
+        return func(*args, **kwargs)
+
+
+def works_elsewhere(name: str, call: Callable[[], T]) -> T:
+    """What `call` gives where it plays an accelerator.
+
+    Raises:
+        AssertionError: it makes a tensor without a device, or brings one to the host.
+    """
+    try:
+        with elsewhere():
+            return call()
+    except (RuntimeError, NotImplementedError, TypeError, ShapeError) as error:
+        raise AssertionError(
+            f"{name} makes a tensor without device=tokens.features.device, or brings one to the "
+            f"host; on an accelerator: {str(error).splitlines()[0]}"
+        ) from error
+    except AssertionError as error:
+        raise AssertionError(f"{name}: {error}; on an accelerator that fails, or waits") from error
+
+
+class AwkwardTies(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Orders equal values backwards wherever torch promises no order: `topk`, unstable sorts."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        aten = torch.ops.aten
+        if func is aten.topk.default:
+            x, k, *rest = args
+            dim = rest[0] if rest else kwargs.get("dim", -1)
+            largest = rest[1] if len(rest) > 1 else kwargs.get("largest", True)
+            values, indices = _backwards(x, dim, largest)
+            return values.narrow(dim, 0, k), indices.narrow(dim, 0, k)
+        if func is aten.sort.default or (func is aten.sort.stable and not kwargs.get("stable")):
+            x, *rest = args
+            dim = rest[0] if rest else kwargs.get("dim", -1)
+            return _backwards(x, dim, rest[1] if len(rest) > 1 else kwargs.get("descending", False))
+        return func(*args, **kwargs)
+
+
+def _backwards(x: Tensor, dim: int, descending: bool) -> tuple[Tensor, Tensor]:
+    """Sorted values and their indices, the last of equal ones first."""
+    if not x.ndim or not x.shape[dim]:
+        return x.clone(), torch.zeros_like(x, dtype=torch.int64)
+    values, indices = x.flip(dim).sort(dim=dim, descending=descending, stable=True)
+    return values, x.shape[dim] - 1 - indices
+
+
+def in_float32(inputs: Inputs) -> Inputs:
+    """The same numbers in float32, of features and of signals."""
+    tokens = replace(inputs.tokens, features=inputs.tokens.features.float())
+    return replace(
+        inputs, tokens=tokens, signals=Signals({s: x.float() for s, x in inputs.signals.items()})
+    )
+
+
+def rounded(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """Numbers rounded to `dtype`, but still in float32."""
+    tokens = replace(inputs.tokens, features=inputs.tokens.features.to(dtype).float())
+    answers = {s: x.to(dtype).float() for s, x in inputs.signals.items()}
+    return replace(inputs, tokens=tokens, signals=Signals(answers))

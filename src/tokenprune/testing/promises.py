@@ -15,7 +15,7 @@ from .cases import Case, ModelCase, ReducerCase, ScorerCase, TowerCase
 T = TypeVar("T")
 C = TypeVar("C", ScorerCase, ReducerCase, TowerCase, ModelCase)
 
-OPTIONAL = frozenset({"S1", "S5", "P3", "P6", "P7", "P8", "P10", "P12"})
+OPTIONAL = frozenset({"S1", "S5", "S8", "P3", "P6", "P7", "P8", "P10", "P12", "P18"})
 """Promises that a method may leave out, with a reason: ``exempt = {"S5": "looks at places"}``."""
 
 

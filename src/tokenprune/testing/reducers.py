@@ -1,4 +1,4 @@
-"""P1 to P15: what every reducer promises, and what follows from it for plans."""
+"""P1 to P19: what every reducer promises, and what follows from it for plans."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from ..plan import Plan
 from .cases import ReducerCase
 from .generators import budgets, inputs_for, scores_for
 from .inputs import Inputs, same_bits
-from .probes import ignores_others, on_devices, reads_only, seeded, untouched
+from .probes import (
+    AwkwardTies,
+    ignores_others,
+    on_devices,
+    reads_only,
+    seeded,
+    untouched,
+    works_elsewhere,
+)
 from .promises import for_all, promise, require
 
 
@@ -389,6 +397,86 @@ def check_p15_scores_are_ignored_where_it_says_so(case: ReducerCase) -> None:
             f"{case.name} says that it ignores scores, but {scores.tolist()} changed {plain} to "
             f"{other}",
         )
+
+
+@promise(ReducerCase)
+def check_p16_plans_are_made_where_the_inputs_are(case: ReducerCase) -> None:
+    """Tensors are made where the inputs are, and none is brought to the host."""
+
+    @for_all(_calls(case))
+    def holds(call: tuple[Inputs, int | float]) -> None:
+        expected = case.plan(*call)
+        got = works_elsewhere(case.name, lambda: case.plan(*call))
+        require(_same(got, expected), f"{case.name}: {got} on an accelerator, not {expected}")
+
+
+@promise(ReducerCase)
+def check_p17_ties_are_decided(case: ReducerCase) -> None:
+    """No decision hangs on an order that torch leaves open: equal values in an unstable sort."""
+
+    @for_all(_calls(case))
+    def holds(call: tuple[Inputs, int | float]) -> None:
+        expected = case.plan(*call)
+        with AwkwardTies():  # type: ignore[no-untyped-call]
+            got = case.plan(*call)
+        same = torch.equal(got.anchors, expected.anchors) and torch.equal(got.mask, expected.mask)
+        require(
+            same and torch.allclose(got.dense(), expected.dense(), rtol=1e-5),
+            f"{case.name}: ties decide: {_said(got)} or {_said(expected)}; sort with stable=True",
+        )
+
+
+@promise(ReducerCase)
+def check_p18_the_budget_is_read(case: ReducerCase) -> None:
+    """A reducer with a field `keep` keeps more where it is larger, in rows that have more."""
+
+    @for_all(inputs_for(case.reducer))
+    def holds(inputs: Inputs) -> None:
+        if not case.budgeted:
+            return
+        longest, protected = max(inputs.tokens.lengths), inputs.tokens.protected_lengths
+        few, all_of_it = case.plan(inputs, 1), case.plan(inputs, longest)
+        for row, (real, fixed) in enumerate(zip(inputs.tokens.lengths, protected, strict=True)):
+            if real == max(fixed, 1):
+                continue
+            got = int(few.mask[row].sum()), int(all_of_it.mask[row].sum())
+            require(
+                got[0] < got[1],
+                f"{case.name}: row {row} of {real} tokens keeps {got[0]} with keep=1 and {got[1]} "
+                f"with keep={longest}: `keep` is not read",
+            )
+
+
+@promise(ReducerCase)
+def check_p19_infinite_scores_are_legal(case: ReducerCase) -> None:
+    """Scores of +inf (keep it) and -inf (drop it first) give a sound plan, in every batch."""
+
+    @for_all(_calls(case, infinite=True))
+    def holds(call: tuple[Inputs, int | float]) -> None:
+        inputs, keep = call
+        plan = case.plan(inputs, keep)
+        if inputs.scores is None:
+            return
+        weights = plan.dense()
+        sound = bool((weights.isfinite() & (weights >= 0)).all())
+        require(
+            sound,
+            f"{case.name}: scores {inputs.scores.tolist()} give weights {weights.tolist()}",
+        )
+        for row in inputs.rows:
+            alone = case.plan(inputs.alone(row), keep)
+            got, expected = _kept(plan, row), inputs.real(row)[_kept(alone, 0)]
+            require(
+                torch.equal(got, expected),
+                f"{case.name}: with scores {inputs.scores[row].tolist()} row {row} keeps "
+                f"{got.tolist()} in the batch and {expected.tolist()} alone",
+            )
+
+
+def _said(plan: Plan) -> str:
+    """What stays, and of what it is made."""
+    kept = plan.anchors.masked_fill(~plan.mask, -1).tolist()
+    return f"{kept}" if plan.members is None else f"{kept} of {plan.dense().tolist()}"
 
 
 def _same(a: Plan, b: Plan) -> bool:

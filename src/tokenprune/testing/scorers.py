@@ -1,17 +1,33 @@
-"""S1 to S7: what every scorer promises."""
+"""S1 to S10: what every scorer promises."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
+from ..signals import Signals
 from .cases import ScorerCase
 from .generators import inputs_for
 from .inputs import Inputs, same_bits
-from .probes import ignores_others, on_devices, reads_only, seeded, untouched
+from .probes import (
+    AwkwardTies,
+    ignores_others,
+    in_float32,
+    on_devices,
+    reads_only,
+    rounded,
+    seeded,
+    untouched,
+    works_elsewhere,
+)
 from .promises import for_all, promise, require
+
+ENOUGH = 10
+"""Batches that tell a scorer which rounds from one to which digits hardly matter."""
 
 
 def _score(case: ScorerCase, inputs: Inputs) -> Tensor:
@@ -117,6 +133,82 @@ def check_s7_reads_only_declared_signals(case: ScorerCase) -> None:
     def holds(inputs: Inputs) -> None:
         reads_only(case.name, case.scorer.signals, inputs, lambda given: _score(case, given))
         ignores_others(case.name, inputs, lambda given: _score(case, given), same_bits)
+
+
+@promise(ScorerCase)
+def check_s8_scores_are_computed_in_float32(case: ScorerCase) -> None:
+    """Scores are computed in float32: the model's dtype rounds its numbers, and nothing more."""
+
+    @for_all(inputs_for(case.scorer))
+    def holds(inputs: Inputs) -> None:
+        mask, same = inputs.tokens.mask, in_float32(inputs)
+        got, expected = _score(case, inputs)[mask], _score(case, same)[mask]
+        _close(case, got, expected, "the same numbers in half precision and in float32")
+
+    cut: dict[torch.dtype, list[bool]] = {torch.float16: [], torch.bfloat16: []}
+
+    @for_all(_with_digits(case))
+    def keeps_digits(inputs: Inputs) -> None:
+        scores, mask = _score(case, inputs), inputs.tokens.mask
+        far = _score(case, rounded(inputs, torch.float8_e5m2))
+        for dtype, same in cut.items():
+            if not same_bits(scores[mask], far[mask]):  # else numbers hardly matter to it
+                near = _score(case, rounded(inputs, dtype))
+                same.append(same_bits(scores[mask], near[mask]))
+
+    for dtype, same in cut.items():
+        require(
+            len(same) < ENOUGH or not all(same),
+            f"{case.name} gives the same scores for numbers rounded to {dtype}, {len(same)} times "
+            "of as many: it rounds them itself; compute with .float()",
+        )
+
+
+@promise(ScorerCase)
+def check_s9_scores_are_made_where_the_inputs_are(case: ScorerCase) -> None:
+    """Tensors are made where the inputs are, and none is brought to the host."""
+
+    @for_all(inputs_for(case.scorer))
+    def holds(inputs: Inputs) -> None:
+        expected = _score(case, inputs)
+        got = works_elsewhere(case.name, lambda: _score(case, inputs))
+        require(
+            got.device == expected.device and same_bits(got, expected),
+            f"{case.name} gives other scores on an accelerator: {got} is not {expected}",
+        )
+
+
+@promise(ScorerCase)
+def check_s10_ties_are_decided(case: ScorerCase) -> None:
+    """No score hangs on an order that torch leaves open: equal values in an unstable sort."""
+
+    @for_all(inputs_for(case.scorer))
+    def holds(inputs: Inputs) -> None:
+        expected = _score(case, inputs)
+        with AwkwardTies():  # type: ignore[no-untyped-call]
+            got = _score(case, inputs)
+        mask = inputs.tokens.mask
+        require(
+            same_bits(got[mask], expected[mask]),
+            f"{case.name}: ties decide: {got.tolist()} or {expected.tolist()}; sort with "
+            "stable=True",
+        )
+
+
+def _with_digits(case: ScorerCase) -> SearchStrategy[Inputs]:
+    """Float32 inputs with digits that half precision loses."""
+
+    def drawn_anew(inputs: Inputs) -> Inputs:
+        generator = torch.Generator().manual_seed(len(inputs.tensors()))
+
+        def drawn(x: Tensor) -> Tensor:
+            return torch.rand(x.shape, generator=generator) / max(x.shape[-1], 1)
+
+        tokens = replace(inputs.tokens, features=drawn(inputs.tokens.features))
+        answers = {signal: drawn(answer) for signal, answer in inputs.signals.items()}
+        return replace(inputs, tokens=tokens, signals=Signals(answers))
+
+    return inputs_for(case.scorer, dtypes=(torch.float32,)).map(drawn_anew)
 
 
 @st.composite
