@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import SpecError, TokenpruneError
@@ -18,6 +17,7 @@ from ..scorers import RandomScorer
 from ..signals import Signal
 from ..spec import spec_of
 from ..strategy import Reducer, Scorer
+from . import conventions
 from .inputs import Inputs
 
 Exceptions: TypeAlias = Mapping[str, str]
@@ -140,38 +140,6 @@ class Prompt:
     visual: tuple[int, ...] = ()
 
 
-def _next_logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    logits: Tensor = model(**inputs).logits
-    return logits[:, -1]
-
-
-def _generate(model: nn.Module, inputs: dict[str, Any], steps: int) -> tuple[Tensor, Tensor]:
-    made = model.generate(  # type: ignore[operator]
-        **inputs,
-        max_new_tokens=steps,
-        min_new_tokens=steps,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return made.sequences[:, -steps:], torch.stack(made.logits, dim=1)
-
-
-def _extend(inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
-    return {
-        **inputs,
-        "input_ids": torch.cat([inputs["input_ids"], ids], dim=1),
-        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(ids)], dim=1),
-    }
-
-
-def _cache_lengths(model: nn.Module, inputs: dict[str, Any]) -> list[int]:
-    output = model(**inputs, use_cache=True)
-    # The name since transformers 5.24, and the one before.
-    cache = next(output[name] for name in ("cache", "past_key_values") if name in output)
-    return [layer.keys.shape[-2] for layer in cache.layers]
-
-
 @dataclass(frozen=True)
 class ModelCase:
     """Case of a model adapter: how to build a tiny model, its prompts, and how it is called.
@@ -196,6 +164,12 @@ class ModelCase:
             vocabulary)` logits, with a KV cache; never stops early.
         extend: `(inputs, ids)` to inputs with `(batch, steps)` text ids appended.
         cache_lengths: `(model, inputs)` to the slots that a prefill stores, per layer.
+        cache: `(model, inputs)` to the KV cache that a prefill fills; None where there is none.
+        turns: `(model, turns)`, the inputs of several turns of one prompt, to the `(1, vocabulary)`
+            logits after the last, all on one cache; None for a model that goes on with no cache.
+        joined: `(turns)` to inputs of one prompt that says all of the turns.
+        beams: `(model, inputs, steps, use_cache)` to the `(batch, steps)` ids of a search with
+            beams; None for a model that has none.
         oracle: `(model, prompt, kept, placement, steps)` to the `(steps, vocabulary)` greedy logits
             of one prompt, derived without the adapter: hand-built embeddings of the slots `kept`
             of each image. Optional, and what gives M4 and M6 their teeth.
@@ -218,10 +192,16 @@ class ModelCase:
     unsupported: Sequence[Placement] = ()
     scorer: Scorer = RandomScorer()  # noqa: RUF009
     adapter: str | None = None
-    next_logits: Callable[[nn.Module, dict[str, Any]], Tensor] = _next_logits
-    generate: Callable[[nn.Module, dict[str, Any], int], tuple[Tensor, Tensor]] = _generate
-    extend: Callable[[dict[str, Any], Tensor], dict[str, Any]] = _extend
-    cache_lengths: Callable[[nn.Module, dict[str, Any]], Sequence[int]] = _cache_lengths
+    next_logits: Callable[[nn.Module, dict[str, Any]], Tensor] = conventions.next_logits
+    generate: Callable[[nn.Module, dict[str, Any], int], tuple[Tensor, Tensor]] = (
+        conventions.generate
+    )
+    extend: Callable[[dict[str, Any], Tensor], dict[str, Any]] = conventions.extend
+    cache_lengths: Callable[[nn.Module, dict[str, Any]], Sequence[int]] = conventions.cache_lengths
+    cache: Callable[[nn.Module, dict[str, Any]], object] | None = conventions.cache
+    turns: Callable[[nn.Module, Sequence[dict[str, Any]]], Tensor] | None = conventions.turns
+    joined: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] = conventions.joined
+    beams: Callable[[nn.Module, dict[str, Any], int, bool], Tensor] | None = conventions.beams
     oracle: Callable[[nn.Module, Prompt, list[list[int]], Placement, int], Tensor] | None = None
     text: bool = True
     wraps: Sequence[str] = ()

@@ -156,7 +156,11 @@ def scores_for(draw: DrawFn, tokens: VisualTokens, *, infinite: bool = False) ->
     batch, width = tokens.mask.shape
     scores = draw(values(batch * width, 1)).reshape(batch, width)
     if infinite and draw(_BOTH):
-        scores = scores + _marks(draw, tokens.mask, (0.0, 0.0, torch.inf, -torch.inf))
+        endless = _marks(draw, tokens.mask, (0.0, 0.0, torch.inf, -torch.inf))
+        some = torch.tensor(
+            draw(_choices(batch, (True, True, False)))
+        )  # others beside them are finite
+        scores = scores + endless.masked_fill(~some[:, None], 0)
     junk: float = draw(_JUNK)
     return scores.masked_fill(~tokens.mask, junk)
 

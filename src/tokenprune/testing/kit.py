@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 import pytest
 
 from ..errors import SpecError
-from . import models, reducers, scorers, towers
+from . import model_uses, models, reducers, scorers, towers
 from .cases import Case, Subject, cases_of
 from .promises import CHECKS, OPTIONAL, Check
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-SECTIONS = (scorers, reducers, towers, models)
+SECTIONS = (scorers, reducers, towers, models, model_uses)
 """The modules that hold the checks, in the order of the contract."""
 
 

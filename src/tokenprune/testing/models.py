@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..attach import Attachment, attach
+from ..attach import attach
 from ..budget import Keep
 from ..errors import TokenpruneError, UnsupportedError
 from ..hooks import Removable
@@ -20,56 +20,24 @@ from ..reducers import Evict
 from ..report import Record
 from ..scorers import RandomScorer
 from ..signals import Signal, Signals
-from ..strategy import Scorer, Stage, Strategy
+from ..strategy import Scorer, Strategy
 from ..tokens import VisualTokens
 from .cases import ModelCase, Prompt
 from .inputs import same_bits
+from .model_probes import HALF, Places, attached, chosen_slots, close, everything, stages_at
 from .promises import promise, require
 from .snapshot import Interrupted, Snapshot, interrupted_installs
-
-HALF = 0.5
-
-
-Places: TypeAlias = Placement | tuple[Placement, ...]
-
-
-def _stages(case: ModelCase, places: Places, keep: int | float) -> tuple[Stage, ...]:
-    strategy = Strategy(case.scorer, Evict(keep))
-    return tuple(map(strategy.at, places if isinstance(places, tuple) else (places,)))
-
-
-def _attach(
-    case: ModelCase, model: nn.Module, places: Places, keep: int | float = HALF
-) -> Attachment:
-    return attach(model, *_stages(case, places, keep), adapter=case.adapter)
-
-
-def _all(case: ModelCase) -> tuple[nn.Module, Sequence[Prompt], dict[str, Any]]:
-    """A model, prompts, and all of them in a batch."""
-    prompts = case.prompts()
-    return case.build(), prompts, case.collate(prompts)
-
-
-def _close(case: ModelCase, got: Tensor, expected: Tensor, what: str) -> None:
-    require(
-        got.shape == expected.shape,
-        f"{case.name}: {what}: the shape is {tuple(got.shape)}, not {tuple(expected.shape)}",
-    )
-    gap = float((got.double() - expected.double()).abs().max())
-    scale = max(1.0, float(expected.abs().max()))
-    # NaN is not <= anything.
-    require(gap <= case.tolerance * scale, f"{case.name}: {what}: logits differ by {gap}")
 
 
 @promise(ModelCase)
 @torch.no_grad()
 def check_m1_full_budget_changes_nothing(case: ModelCase) -> None:
     """With a budget of every token, a model computes what it does unattached, bit for bit."""
-    model, _, batch = _all(case)
+    model, _, batch = everything(case)
     logits, (ids, steps) = case.next_logits(model, batch), case.generate(model, batch, case.steps)
     for placement in case.placements:
         for keep in (1.0, 10**6):
-            with _attach(case, model, placement, keep):
+            with attached(case, model, placement, keep):
                 got = case.next_logits(model, batch)
                 text, said = case.generate(model, batch, case.steps)
             where = f"{case.name} at {placement} with keep={keep}"
@@ -82,32 +50,32 @@ def check_m1_full_budget_changes_nothing(case: ModelCase) -> None:
 @torch.no_grad()
 def check_m2_detaching_restores_the_model(case: ModelCase) -> None:
     """Attaching adds hooks and declared wrappers alone; detaching restores all, also on failure."""
-    model, _, batch = _all(case)
+    model, _, batch = everything(case)
     expected = case.next_logits(model, batch)
     before = Snapshot(model)
     ran = _modules_in_order(case, model, batch)
     for placement in case.placements:
         where = f"{case.name} at {placement}"
-        with _attach(case, model, placement):
+        with attached(case, model, placement):
             during = _undeclared(case, before)
             require(not during, f"{where}: attaching is more than hooks: {during}")
-            attached = case.next_logits(model, batch)
+            halved = case.next_logits(model, batch)
             case.generate(model, batch, 2)
             during = _undeclared(case, before)
             require(not during, f"{where}: running changes more than hooks: {during}")
         _restored(case, model, batch, before, expected, where)
 
         for module in (ran[len(ran) // 3], ran[2 * len(ran) // 3], ran[-1]):
-            with _attach(case, model, placement):
+            with attached(case, model, placement):
                 _fail_in(case, module, model, batch)
                 again = case.next_logits(model, batch)
-                require(same_bits(again, attached), f"{where}: a failed run changes the next one")
+                require(same_bits(again, halved), f"{where}: a failed run changes the next one")
                 _fail_in(case, module, model, batch)
             _restored(case, model, batch, before, expected, f"{where}, after an exception")
 
         known = registry()
         adapter = known.claiming(known.models, model, case.adapter).adapter()
-        stages = _stages(case, placement, HALF)
+        stages = stages_at(case, placement, HALF)
 
         def install(adapter: Any = adapter, stages: Any = stages) -> Iterator[Removable]:
             installing: Iterator[Removable] = adapter.install(model, stages, Record())
@@ -122,7 +90,7 @@ def check_m2_detaching_restores_the_model(case: ModelCase) -> None:
 @torch.no_grad()
 def check_m3_batch_equals_single(case: ModelCase) -> None:
     """A prompt gets the same answer alone and in a padded batch, in any order, with any images."""
-    model, prompts, _ = _all(case)
+    model, prompts, _ = everything(case)
     images = [len(prompt.visual) for prompt in prompts]
     orders = [list(range(len(prompts))), list(reversed(range(len(prompts))))]
     if case.text:
@@ -134,27 +102,27 @@ def check_m3_batch_equals_single(case: ModelCase) -> None:
     else:
         require(images.count(1) >= 3, f"{case.name} must have three pictures or more")
     for placement in case.placements:
-        with _attach(case, model, placement):
+        with attached(case, model, placement):
             single = [_answers(case, model, [prompt]) for prompt in prompts]
             for order in orders:
                 first, ids, logits = _answers(case, model, [prompts[n] for n in order])
                 for row, number in enumerate(order):
                     what = f"prompt {number} at {placement} in a batch of {order}"
-                    _close(case, first[row], single[number][0][0], what)
-                    _close(case, logits[row], single[number][2][0], f"{what}, generating")
+                    close(case, first[row], single[number][0][0], what)
+                    close(case, logits[row], single[number][2][0], f"{what}, generating")
                     same = torch.equal(ids[row], single[number][1][0])
                     require(same, f"{case.name}: {what} generates something else")
         for number, prompt in enumerate(prompts):
             if not prompt.visual:
                 plain = case.next_logits(model, case.collate([prompt]))[0]
-                _close(case, single[number][0][0], plain, f"text-only prompt at {placement}")
+                close(case, single[number][0][0], plain, f"text-only prompt at {placement}")
 
 
 @promise(ModelCase)
 @torch.no_grad()
 def check_m4_llm_sees_the_kept_tokens(case: ModelCase) -> None:
     """The language model computes and caches the kept tokens, those and no others, per layer."""
-    model, prompts, _ = _all(case)
+    model, prompts, _ = everything(case)
     for placement in case.placements:
         for prompt in prompts:
             inputs = case.collate([prompt])
@@ -165,7 +133,7 @@ def check_m4_llm_sees_the_kept_tokens(case: ModelCase) -> None:
                 kept = [Keep(HALF).count(visual) for visual in kept]
                 expected[start:] = [text + sum(kept)] * len(expected[start:])
             where = f"{case.name} at {placement}, prompt of {prompt.length} tokens"
-            with _attach(case, model, placement) as attachment:
+            with attached(case, model, placement) as attachment:
                 got = list(case.cache_lengths(model, inputs))
                 require(got == expected, f"{where}: layers store {got}, not {expected}")
                 if not prompt.visual:
@@ -174,24 +142,24 @@ def check_m4_llm_sees_the_kept_tokens(case: ModelCase) -> None:
                 require(sum(told) == sum(kept), f"{where}: the report says {told}, not {kept}")
                 left = [len(each) for each in attachment.report.kept]
                 require(left == told, f"{where}: report.kept has {left} tokens, images say {told}")
-                chosen = _chosen(attachment)
+                chosen = chosen_slots(attachment)
                 logits = case.next_logits(model, inputs)[0]
             if case.oracle is not None and isinstance(placement, Placement):
                 oracle = case.oracle(model, prompt, chosen, placement, 1)[0]
-                _close(case, logits, oracle, f"{where}, with the kept tokens {chosen}")
+                close(case, logits, oracle, f"{where}, with the kept tokens {chosen}")
 
 
 @promise(ModelCase)
 @torch.no_grad()
 def check_m5_what_is_unsupported_is_refused(case: ModelCase) -> None:
     """A signal or placement that cannot be served is refused at once, and nothing is installed."""
-    model, _, batch = _all(case)
+    model, _, batch = everything(case)
     expected = case.next_logits(model, batch)
     before = Snapshot(model)
     asks = Strategy(_AsksTooMuch(), Evict(HALF))
     stages = [asks.at(place) for place in case.placements if isinstance(place, Placement)]
     for placement in (*case.unsupported, Nowhere()):
-        stages += _stages(case, placement, HALF)
+        stages += stages_at(case, placement, HALF)
     for stage in stages:
         try:
             attach(model, stage, adapter=case.adapter).detach()
@@ -211,36 +179,36 @@ def check_m5_what_is_unsupported_is_refused(case: ModelCase) -> None:
 @torch.no_grad()
 def check_m6_generation_equals_recomputation(case: ModelCase) -> None:
     """Generating with a cache gives what recomputing without one gives, on the same kept tokens."""
-    model, prompts, batch = _all(case)
+    model, prompts, batch = everything(case)
     for placement in case.placements:
-        with _attach(case, model, placement):
+        with attached(case, model, placement):
             ids, logits = case.generate(model, batch, case.steps)
             for step in range(case.steps):
                 whole = case.extend(batch, ids[:, :step]) if step else batch
                 what = f"step {step} of a generation at {placement}"
-                _close(case, logits[:, step], case.next_logits(model, whole), what)
+                close(case, logits[:, step], case.next_logits(model, whole), what)
         if case.oracle is None or not isinstance(placement, Placement):
             continue
         for number, prompt in enumerate(prompts):
-            with _attach(case, model, placement) as attachment:
+            with attached(case, model, placement) as attachment:
                 case.next_logits(model, case.collate([prompt]))
-                chosen = _chosen(attachment) if prompt.visual else []
+                chosen = chosen_slots(attachment) if prompt.visual else []
             oracle = case.oracle(model, prompt, chosen, placement, case.steps)
-            _close(case, logits[number], oracle, f"generation of prompt {number} at {placement}")
+            close(case, logits[number], oracle, f"generation of prompt {number} at {placement}")
 
 
 @promise(ModelCase)
 @torch.no_grad()
 def check_m7_reduction_takes_place(case: ModelCase) -> None:
     """An attached model reduces: answers about images change with what is kept."""
-    model, prompts, batch = _all(case)
+    model, prompts, batch = everything(case)
     plain = case.next_logits(model, batch)
     for placement in case.placements:
         where = f"{case.name} at {placement}"
         answers = []
         for seed in (0, 1):
             seeded = replace(case, scorer=RandomScorer(seed))
-            with _attach(seeded, model, placement, 1) as attachment:
+            with attached(seeded, model, placement, 1) as attachment:
                 answers.append(case.next_logits(model, batch))
                 images = attachment.report.images
                 require(bool(images), f"{where} reports no image")
@@ -281,12 +249,6 @@ def _answers(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = case.collate(prompts)
     return (case.next_logits(model, inputs), *case.generate(model, inputs, case.steps))
-
-
-def _chosen(attachment: Attachment) -> list[list[int]]:
-    """Kept slots of every image of the latest reduction."""
-    plan = attachment.last.plan
-    return [row[mask].tolist() for row, mask in zip(plan.anchors, plan.mask, strict=True)]
 
 
 def _starts(places: Places) -> list[int]:

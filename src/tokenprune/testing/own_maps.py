@@ -20,7 +20,7 @@ from ..signals import ClsAttention, GivenAttention, ReceivedAttention, Signal, r
 
 def own_maps(run: Callable[[], object]) -> list[Tensor]:
     """`(batch, heads, tokens, tokens)` float64 maps of every block, in order, as `run` goes."""
-    noted = _Notes()
+    noted = _Notes()  # type: ignore[no-untyped-call]
     with noted:
         run()
     return noted.maps
