@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         metavar="PKG",
         help="run tokenprune's contract on what this installed distribution registers; 'tokenprune'"
-        " is what comes with the core. Files given beside it run as well.",
+        " stands for the strategies that come along. Files given beside it run as well.",
     )
 
 

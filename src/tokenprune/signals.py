@@ -211,7 +211,7 @@ class Signals(Mapping[Signal, Tensor]):
 
     >>> import torch
     >>> Signals({ClsAttention(layers=3): torch.rand(1, 3, 16, 576)})
-    Signals({ClsAttention(layers=3): (1, 3, 16, 576)})
+    Signals({ClsAttention(layers=3): <float32 (1, 3, 16, 576)>})
     """
 
     def __init__(
@@ -270,8 +270,9 @@ class Signals(Mapping[Signal, Tensor]):
         return len(self._answers)
 
     def __repr__(self) -> str:
-        shapes = (f"{signal!r}: {tuple(each.shape)}" for signal, each in self._answers.items())
-        return f"Signals({{{', '.join(shapes)}}})" if self._answers else "Signals()"
+        """Values of small answers, to be pasted into a test, and shapes of others."""
+        shown = [f"{signal!r}: {_shown(answer)}" for signal, answer in self._answers.items()]
+        return f"Signals({{{', '.join(shown)}}})" if shown else "Signals()"
 
     def only(self, wanted: Iterable[Signal]) -> Signals:
         """Those of `wanted` that are there. Reading one of the others says that it was left out."""
@@ -315,6 +316,12 @@ class Signals(Mapping[Signal, Tensor]):
                 if "tokens" in signal.axes.split()
             }
         )
+
+
+def _shown(answer: Tensor) -> str:
+    if answer.numel() <= 128 and answer.device.type == "cpu":
+        return repr(answer)
+    return f"<{str(answer.dtype).removeprefix('torch.')} {tuple(answer.shape)}>"
 
 
 def _asked_layers(signal: Signal) -> int | None:

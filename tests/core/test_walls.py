@@ -44,6 +44,7 @@ def below(name: str, *packages: str) -> bool:
 
 
 CORE, ADAPTERS = modules("tokenprune"), modules("tokenprune_adapters")
+del CORE["tokenprune.__main__"]  # the command line under another name
 TOOLBOXES = tuple(f"tokenprune.{tool}" for tool in TOOLS)
 
 

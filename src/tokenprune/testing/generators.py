@@ -157,10 +157,10 @@ def scores_for(draw: DrawFn, tokens: VisualTokens, *, infinite: bool = False) ->
     scores = draw(values(batch * width, 1)).reshape(batch, width)
     if infinite and draw(_BOTH):
         endless = _marks(draw, tokens.mask, (0.0, 0.0, torch.inf, -torch.inf))
-        some = torch.tensor(
-            draw(_choices(batch, (True, True, False)))
-        )  # others beside them are finite
-        scores = scores + endless.masked_fill(~some[:, None], 0)
+        # Rows beside each other: finite, mixed, and one that nobody wants to keep.
+        kinds = torch.tensor(draw(_choices(batch, range(4))))[:, None]
+        endless = endless.masked_fill(kinds == 1, 0).masked_fill(kinds == 3, -torch.inf)
+        scores = scores + endless
     junk: float = draw(_JUNK)
     return scores.masked_fill(~tokens.mask, junk)
 

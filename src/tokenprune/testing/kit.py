@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import pytest
 
-from ..errors import SpecError
+from ..errors import SpecError, UnknownNameError
 from . import model_uses, models, reducers, scorers, towers
 from .cases import Case, Subject, cases_of
-from .promises import CHECKS, OPTIONAL, Check
+from .promises import CHECKS, OPTIONAL, Check, in_order
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,10 +27,25 @@ def run_check(number: str, subject: Subject) -> None:
     """Test one promise of `subject`, such as "S3".
 
     Raises:
-        AssertionError: it is broken.
+        AssertionError: it is broken, or cannot be looked at.
+        UnknownNameError: no promise has this number.
+        SpecError: `subject` is nothing that can be checked, or the promise is about other things.
     """
+    if number not in CHECKS:
+        raise UnknownNameError(
+            f"no promise has the number {number!r}; there are {', '.join(in_order(CHECKS))}"
+        )
+    check = CHECKS[number]
     for case in cases_of(subject):
-        CHECKS[number](case)
+        if not isinstance(case, check.subject):
+            raise SpecError(
+                f"{number} is a promise for a {check.subject.__name__}, not for {case.name}, of "
+                f"which {', '.join(each.number for each in checks_for(case))} are made"
+            )
+        try:
+            check(case)
+        except pytest.skip.Exception as skipped:
+            raise AssertionError(f"{number} cannot be looked at: {skipped}") from skipped
 
 
 def parameters(subjects: Iterable[Subject]) -> list[Any]:
@@ -67,14 +82,14 @@ def _validate(case: Case, title: str, numbers: Mapping[str, str]) -> None:
         if number not in applicable:
             raise SpecError(
                 f"{title} of {case.name} names {number!r}; its promises are "
-                + ", ".join(sorted(applicable))
+                + ", ".join(in_order(applicable))
             )
         if not reason.strip():
             raise SpecError(f"{title} of {case.name} gives no reason for {number}")
         if title == "exempt" and number not in OPTIONAL:
             raise SpecError(
                 f"{case.name} opts out of {number}, which every strategy must keep; optional are "
-                + ", ".join(sorted(OPTIONAL))
+                + ", ".join(in_order(OPTIONAL))
             )
 
 

@@ -20,7 +20,7 @@ from ..signals import ClsAttention, GivenAttention, ReceivedAttention, Signal, r
 
 def own_maps(run: Callable[[], object]) -> list[Tensor]:
     """`(batch, heads, tokens, tokens)` float64 maps of every block, in order, as `run` goes."""
-    noted = _Notes()  # type: ignore[no-untyped-call]
+    noted = _Notes()
     with noted:
         run()
     return noted.maps
@@ -55,7 +55,7 @@ def row_of(
         )
     except ShapeError:
         return None
-    return torch.stack([kinds[type(signal)](maps[layer]) for layer in layers], dim=1)
+    return torch.stack([kinds[type(signal)](maps[layer]) for layer in layers], dim=1)  # type: ignore[no-untyped-call]
 
 
 class _Notes(TorchFunctionMode):

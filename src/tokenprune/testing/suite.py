@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 import pytest
 
 from tokenprune.errors import PluginError, UnknownNameError
-from tokenprune.plugins import registry
+from tokenprune.plugins import CORE, registry
 from tokenprune.strategy import Reducer, Scorer
 from tokenprune.testing.cases import (
     Case,
@@ -26,6 +26,9 @@ from tokenprune.testing.promises import Check
 
 GROUP = "tokenprune.testing"
 """Entry points of this group name functions that take nothing and yield cases."""
+
+BUILT_IN = "tokenprune"
+"""What is asked for to check the strategies that come along."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -62,19 +65,18 @@ def subjects(distribution: str) -> Iterator[Subject]:
         UnknownNameError: nothing is registered under that name.
         PluginError: its plugin is broken.
     """
+    if _normal(distribution) == BUILT_IN:
+        own = registry()
+        steps = [*own.scorers, *own.reducers]
+        yield from (offer.plugin.factory for offer in steps if offer.origin == CORE)
+        return
     known = registry()
     broken = {_normal(name): error for name, error in known.broken.items()}
     if _normal(distribution) in broken:
         raise PluginError(
             f"the plugin of {distribution!r} is broken: {broken[_normal(distribution)]}"
         )
-    origins = {
-        *(offer.origin for offer in known.scorers),
-        *(offer.origin for offer in known.reducers),
-        *(offer.origin for offer in known.towers),
-        *(offer.origin for offer in known.models),
-        *(offer.origin for offer in known.recipes),
-    }
+    origins = {offer.origin for _, offer in known}
     if _normal(distribution) not in map(_normal, origins):
         raise UnknownNameError(
             f"no plugin comes from {distribution!r}; plugins come from {', '.join(sorted(origins))}"

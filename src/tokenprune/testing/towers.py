@@ -140,7 +140,12 @@ def check_t4_tokens_stand_for_their_patches(case: TowerCase) -> None:
     for place in places:
         changed = _elsewhere_painted(case, inputs, place, count)
         if changed is None:
-            return  # the case does not say where patches are
+            warnings.warn(
+                f"{case.name}: where patches are was not checked (T4): no 4-D input to paint in; "
+                "give the case `painted`",
+                stacklevel=2,
+            )
+            return
         after, answers = seen(changed)
         moved = {"features": (after.features - before.features)[0, :count].float().norm(dim=-1)}
         for signal in first:
@@ -200,7 +205,11 @@ def check_t6_ids_tell_pictures_apart(case: TowerCase) -> None:
         case.run(tower, inputs)
         own: list[int] = observation.tokens.ids.tolist()
     if len(own) < 3 or any(len(value) != len(own) for value in inputs.values()):
-        return  # rows cannot be told apart in these inputs
+        warnings.warn(
+            f"{case.name}: ids were not checked (T6): the inputs are no three pictures in rows",
+            stacklevel=2,
+        )
+        return
     require(
         len(set(own)) == len(own),
         f"{case.name}: different pictures have the ids {own}; `random` would keep the same of all. "

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +25,10 @@ from tokenprune import (
 )
 from tokenprune_adapters.kit.attention_rows import products
 from tokenprune_adapters.kit.before_projector import ReduceBeforeProjector
-from tokenprune_adapters.kit.marks import marked
-from tokenprune_adapters.kit.prompt_layout import PromptLayout
+from tokenprune_adapters.kit.short_prompts import ShortPrompts
 from tokenprune_adapters.kit.tower_reading import TowerReading, read_block
 
-from .model import IMAGE, Attention, Cache, PocketVLM, Vision
+from .model import IMAGE, Attention, Cache, Output, PocketVLM, Vision
 
 
 # --8<-- [start:tower]
@@ -90,8 +88,9 @@ class PocketAdapter(ModelAdapter):
         strategy, observation = stages[0].strategy, Observation()
         yield from VisionAdapter().install(model.vision, strategy.signals, observation, -1)
         yield from ReduceBeforeProjector(strategy, observation, record).install(model.projector)
-        shorten = Shorten()
+        shorten = Shorten(record)
         yield model.decoder.register_forward_pre_hook(shorten.before, with_kwargs=True)
+        yield model.register_forward_hook(shorten.cached, with_kwargs=True)
         # --8<-- [end:model]
 
     # --8<-- [start:watch]
@@ -106,39 +105,28 @@ class PocketAdapter(ModelAdapter):
 
 
 # --8<-- [start:shorten]
-class Stored(NamedTuple):
-    """State of a shortened prompt, kept beside its KV cache."""
-
-    mask: Tensor  # (batch, stored) bool, False for padding
-    logical: int  # number of slots of the prompt before it was shortened
-    moved: Tensor  # (batch,) int64, number by which later positions move down
-
-
 class Shorten:
-    """A hook on the decoder: marked tokens leave the prompt, and later positions follow."""
+    """Hooks on the decoder: marked tokens leave the prompt, and later passes follow."""
 
-    def __init__(self) -> None:
-        self.prompts: WeakKeyDictionary[Cache, Stored] = WeakKeyDictionary()
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.prompts: ShortPrompts[Cache] = ShortPrompts()
 
     def before(
         self, decoder: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]
     ) -> tuple[tuple[Tensor], dict[str, Any]]:
-        embeds, mask, positions = args[0], kwargs["mask"], kwargs["positions"]
-        prompt = self.prompts.get(kwargs["cache"])
-        if prompt is not None:  # a later step: the past is shorter than the caller thinks
-            kwargs["mask"] = torch.cat([prompt.mask, mask[:, prompt.logical :]], dim=1)
-            kwargs["positions"] = positions - prompt.moved[:, None]
-            return args, kwargs
-        dropped = marked(embeds)
-        if not bool(dropped.any()):
-            return args, kwargs
-        keep = mask & ~dropped
-        layout = PromptLayout.of(keep)
-        kept = layout.shorten(keep)
-        self.prompts[kwargs["cache"]] = Stored(kept, mask.shape[1], dropped.sum(1))
-        kwargs.update(mask=kept, positions=layout.shorten(positions - dropped.cumsum(1)))
-        return (layout.shorten(embeds),), kwargs
+        left = self.prompts.enter(kwargs["cache"], args[0], kwargs["mask"], kwargs["positions"])
+        kwargs.update(mask=left.mask, positions=left.positions)
+        return (left.embeds,), kwargs
         # --8<-- [end:shorten]
+
+    # --8<-- [start:cached]
+    def cached(self, model: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Output) -> None:
+        given = inspect.signature(PocketVLM.forward).bind(model, *args, **kwargs).arguments
+        if given["ids"].shape[1] > 1:  # no decoding step
+            cells = [*output.cache.keys, *output.cache.values]
+            self.prompts.report(self.record, cells, logical=given["mask"].shape[1])
+            # --8<-- [end:cached]
 
 
 # --8<-- [start:reading]
@@ -154,9 +142,12 @@ class Reading:
         given = inspect.signature(self.model.forward).bind(*args, **kwargs).arguments
         self.rows = []
         if given.get("pixels") is not None:
-            tokens = self.model.config.visual_tokens
-            self.where = (given["ids"] == IMAGE).nonzero().reshape(-1, tokens, 2)
-            self.attended.begin(torch.arange(tokens).expand(len(self.where), -1))
+            tokens, ids = self.model.config.visual_tokens, given["ids"]
+            where = (ids == IMAGE).nonzero().reshape(-1, tokens, 2)
+            past = given["mask"].shape[1] - ids.shape[1]  # of earlier turns
+            self.where = where + torch.tensor([0, past], device=ids.device)
+            patches = torch.arange(tokens, device=ids.device)
+            self.attended.begin(patches.expand(len(where), -1))
         elif given.get("cache") is None:  # other prompts, without pictures
             self.where = None
             self.attended.forget()

@@ -52,6 +52,26 @@ def extend(inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
     return {**inputs, "ids": torch.cat([inputs["ids"], ids], dim=1), "mask": mask}
 
 
+# --8<-- [start:turns]
+def turns(model: nn.Module, several: Sequence[dict[str, Any]]) -> Tensor:
+    """`(1, vocabulary)` logits after the last of several turns of one prompt, on one cache."""
+    cache, mask = None, torch.zeros(1, 0, dtype=torch.bool)
+    for inputs in several:
+        mask = torch.cat([mask, inputs["mask"]], dim=1)
+        output = model(**{**inputs, "mask": mask}, cache=cache)
+        cache = output.cache
+    logits: Tensor = output.logits
+    return logits
+
+
+def joined(several: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The same turns as one prompt."""
+    pixels = [inputs["pixels"] for inputs in several if "pixels" in inputs]
+    made = {name: torch.cat([each[name] for each in several], dim=1) for name in ("ids", "mask")}
+    return {**made, "pixels": torch.cat(pixels)} if pixels else made
+    # --8<-- [end:turns]
+
+
 # --8<-- [start:oracle]
 def by_hand(
     model: nn.Module, prompt: Prompt, kept: list[list[int]], placement: Placement, steps: int
@@ -125,6 +145,10 @@ def cases() -> Iterable[TowerCase | ModelCase]:
         generate=lambda model, inputs, steps: model.generate(**inputs, steps=steps),  # type: ignore[operator]
         extend=extend,
         cache_lengths=lambda model, inputs: [k.shape[2] for k in model(**inputs).cache.keys],
+        cache=lambda model, inputs: model(**inputs).cache,
+        turns=turns,
+        joined=joined,
+        beams=None,
         oracle=by_hand,
     )
     # --8<-- [end:cases]
