@@ -16,7 +16,7 @@ CHECKPOINTS ?= pocket
 # Tiny tensors gain nothing from threads, and one process runs per core.
 SINGLE := OMP_NUM_THREADS=1
 PYTEST := $(SINGLE) $(BIN)/python -m pytest -n $(JOBS)
-EXAMPLES := docs/examples/tokenprune-sharpness docs/examples/tokenprune-pocketvlm
+EXAMPLES := docs/examples/tokenprune-sharpness docs/examples/tokenprune-pocketvlm docs/examples/tokenprune-quilt
 # What needs lmms-eval, Ray or vLLM is tested by test-eval, test-ray and test-vllm.
 APART := $(addprefix --ignore=,tests/benchmarks tests/integrations \
   $(addprefix src/tokenprune_adapters/,lmms_eval/huggingface.py lmms_eval/llava_hf.py lmms_eval/video_llava.py vllm/llava.py))

@@ -45,14 +45,14 @@ def test_its_own_tests_pass(example):
 def test_the_contract_holds_without_a_test_file(example, tmp_path):
     done = run_pytest(tmp_path, "--tokenprune-plugin", example)
     assert done.returncode == 0, done.stdout + done.stderr
-    promises = {"tokenprune-sharpness": 9, "tokenprune-pocketvlm": 21 + 2}[example]
+    promises = {"tokenprune-sharpness": 10, "tokenprune-pocketvlm": 21 + 2}[example]
     assert f"{promises} passed" in done.stdout
 
 
 def test_files_given_beside_the_option_run_as_well(tmp_path):
     (tmp_path / "test_mine.py").write_text("def test_mine():\n    assert True\n")
     done = run_pytest(tmp_path, "--tokenprune-plugin", "tokenprune-sharpness", "test_mine.py")
-    assert "10 passed" in done.stdout
+    assert "11 passed" in done.stdout
 
 
 def test_a_distribution_that_offers_nothing_is_named(tmp_path):

@@ -30,11 +30,15 @@ from .anatomy import part
 from .names import calls_of
 
 
-class _EncoderTower(TowerAdapter):
-    """A tower with an encoder of blocks, whose attention has `q_proj` and `k_proj`."""
+class EncoderTower(TowerAdapter):
+    """Adapter of a tower with blocks whose attention has `q_proj` and `k_proj`.
+
+    Blocks are looked for at ``encoder.layers``, ``encoder.layer`` and ``layers``, their attention
+    at ``self_attn`` and ``attention``. A subclass says what stands in front of the patches.
+    """
 
     def prefix(self, tower: nn.Module) -> int:
-        """Number of tokens in front of the patches."""
+        """Number of tokens in front of the patches: [CLS] first, then registers; 0 for none."""
         return 0
 
     def provides(self, tower: nn.Module) -> frozenset[type[Signal]]:
@@ -54,18 +58,18 @@ class _EncoderTower(TowerAdapter):
         return _Taps(tower, signals, observation, feature_layer, self.prefix(tower)).install()
 
 
-class ClipTowerAdapter(_EncoderTower):
+class ClipTowerAdapter(EncoderTower):
     """`CLIPVisionModel`: one [CLS] token, then the patches."""
 
     def prefix(self, tower: nn.Module) -> int:
         return 1
 
 
-class SiglipTowerAdapter(_EncoderTower):
+class SiglipTowerAdapter(EncoderTower):
     """`SiglipVisionModel`, `Siglip2VisionModel`: no [CLS] row, but the pooling head has one."""
 
 
-class Dinov2TowerAdapter(_EncoderTower):
+class Dinov2TowerAdapter(EncoderTower):
     """`Dinov2Model`, `Dinov2WithRegistersModel`: [CLS], registers, then the patches."""
 
     def prefix(self, tower: nn.Module) -> int:
@@ -107,7 +111,7 @@ class _Taps(NotCopyable):
     ) -> None:
         self.tower = tower
         self.calls = calls_of(tower)
-        self.layers = part(_inner(tower), "blocks", "encoder.layers", "encoder.layer")
+        self.layers = part(_inner(tower), "blocks", "encoder.layers", "encoder.layer", "layers")
         self.observation = observation
         self.prefix = prefix
         self.reading = TowerReading(signals, observation, feature_layer, len(self.layers))
