@@ -6,7 +6,7 @@ VisualTokens + Signals --Scorer--> scores --Reducer--> Plan --apply--> VisualTok
 from ._version import __version__ as __version__
 from .adapter import ModelAdapter, TowerAdapter
 from .attach import Attachment, attach, observe, watch
-from .budget import Budgeted, Keep
+from .budget import Budgeted, Keep, KeepLike, Per
 from .errors import (
     AttachError,
     BudgetError,
@@ -64,12 +64,14 @@ from .signals import (
     JointClsAttention,
     Keys,
     LastQueryAttention,
+    Layers,
     PoolAttention,
     ReceivedAttention,
     Signal,
     Signals,
     TextFeatures,
     TextQueryAttention,
+    resolve_layers,
 )
 from .spec import parse, parse_schedule, spec_of
 from .spec_file import from_pretrained, save_pretrained
@@ -98,15 +100,18 @@ __all__ = [
     "JointClsAttention",
     "KMeans",
     "Keep",
+    "KeepLike",
     "Kept",
     "Keys",
     "LastQueryAttention",
+    "Layers",
     "Memberships",
     "MissingSignalError",
     "ModelAdapter",
     "ModelPlugin",
     "Observation",
     "Origin",
+    "Per",
     "Placement",
     "Plan",
     "PlanError",
@@ -153,6 +158,7 @@ __all__ = [
     "observe",
     "parse",
     "parse_schedule",
+    "resolve_layers",
     "save_pretrained",
     "spec_of",
     "watch",

@@ -11,7 +11,7 @@ from .errors import BudgetError
 
 Per: TypeAlias = Literal["image", "crop", "frame"]
 """What one budget is for: a whole image over all its crops (a whole video over all its frames),
-every crop, or every video frame."""
+every crop, or every video frame. The adapter makes the rows accordingly; a step sees rows."""
 
 PER: tuple[str, ...] = get_args(Per)
 
@@ -83,6 +83,7 @@ class Keep:
 
 
 KeepLike: TypeAlias = int | float | Keep
+"""A budget as steps take it: a count (int), a fraction of what comes in (float), or a `Keep`."""
 
 
 @dataclass(frozen=True)

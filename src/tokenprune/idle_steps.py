@@ -97,7 +97,7 @@ def check_budgets_fall(steps: Sequence[Reducer]) -> None:
                 f"{step!r} has no effect: earlier steps leave at most {left} visual tokens per "
                 f"{budget.per}, and it keeps that many; leave it out, or give it a smaller budget"
             )
-        exact = "P3" not in getattr(step, "exempt", ())
+        exact = "P3" not in step.exempt
         if left is None and isinstance(budget.amount, int) and exact:
             most[budget.per] = budget.amount
         elif left is not None and exact:

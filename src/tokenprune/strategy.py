@@ -6,7 +6,9 @@ VisualTokens + Signals --Scorer--> scores --Reducer--> Plan --apply--> VisualTok
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 from torch import Tensor
@@ -23,7 +25,14 @@ from .tokens import VisualTokens
 
 
 class Scorer(ABC):
-    """Scorer: says how important each visual token is. Implementations are frozen dataclasses."""
+    """Scorer: says how important each visual token is. Implementations are frozen dataclasses.
+
+    Attributes:
+        exempt: optional promises of the contract that it leaves out, by number, with reasons:
+            ``{"S5": "it looks at the place of a token"}``.
+    """
+
+    exempt: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @property
     def signals(self) -> frozenset[Signal]:
@@ -42,8 +51,11 @@ class Reducer(ABC):
         needs_scores: True for one that cannot do without a scorer before it.
         keeps_highest: True for one that keeps the tokens with the highest scores, as many as its
             budget says, so that one of a larger budget right before it is refused.
+        exempt: optional promises of the contract that it leaves out, by number, with reasons:
+            ``{"P8": "it looks at neighbours"}``. One without P3 does not keep its budget exactly.
     """
 
+    exempt: ClassVar[Mapping[str, str]] = MappingProxyType({})
     needs_scores: ClassVar[bool] = False
     keeps_highest: ClassVar[bool] = False
 

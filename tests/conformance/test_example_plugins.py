@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
-NAMES = ["tokenprune-sharpness", "tokenprune-pocketvlm"]
+NAMES = ["tokenprune-sharpness", "tokenprune-pocketvlm", "tokenprune-quilt"]
 
 
 def run_pytest(where: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -45,7 +45,12 @@ def test_its_own_tests_pass(example):
 def test_the_contract_holds_without_a_test_file(example, tmp_path):
     done = run_pytest(tmp_path, "--tokenprune-plugin", example)
     assert done.returncode == 0, done.stdout + done.stderr
-    promises = {"tokenprune-sharpness": 10, "tokenprune-pocketvlm": 21 + 2}[example]
+    steps, towers, models = 10 + 19, 6 + 1, 15 + 1
+    promises = {
+        "tokenprune-sharpness": 10,
+        "tokenprune-pocketvlm": towers + models,
+        "tokenprune-quilt": steps + towers + models,
+    }[example]
     assert f"{promises} passed" in done.stdout
 
 

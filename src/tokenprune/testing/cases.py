@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -22,8 +21,6 @@ from .inputs import Inputs
 
 Exceptions: TypeAlias = Mapping[str, str]
 """Number of a promise -> why it is not kept."""
-
-_NONE: Exceptions = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class ScorerCase:
     @property
     def exempt(self) -> Exceptions:
         """The opt-outs that the class declares."""
-        return getattr(self.scorer, "exempt", _NONE)
+        return self.scorer.exempt
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ class ReducerCase:
     @property
     def exempt(self) -> Exceptions:
         """The opt-outs that the class declares."""
-        return getattr(self.reducer, "exempt", _NONE)
+        return self.reducer.exempt
 
     @property
     def budgeted(self) -> bool:

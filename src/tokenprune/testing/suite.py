@@ -66,9 +66,7 @@ def subjects(distribution: str) -> Iterator[Subject]:
         PluginError: its plugin is broken.
     """
     if _normal(distribution) == BUILT_IN:
-        own = registry()
-        steps = [*own.scorers, *own.reducers]
-        yield from (offer.plugin.factory for offer in steps if offer.origin == CORE)
+        yield from (factory for origin, factory in _steps() if origin == CORE)
         return
     known = registry()
     broken = {_normal(name): error for name, error in known.broken.items()}
@@ -85,14 +83,19 @@ def subjects(distribution: str) -> Iterator[Subject]:
     # A case says better than the defaults how to make it.
     tried: set[type] = {type(case.scorer) for case in cases if isinstance(case, ScorerCase)}
     tried |= {type(case.reducer) for case in cases if isinstance(case, ReducerCase)}
-    steps: list[tuple[str, type[Scorer] | type[Reducer]]] = [
-        *((offer.origin, offer.plugin.factory) for offer in known.scorers),
-        *((offer.origin, offer.plugin.factory) for offer in known.reducers),
-    ]
-    for origin, factory in steps:
+    for origin, factory in _steps():
         if _normal(origin) == _normal(distribution) and factory not in tried:
             yield factory
     yield from cases
+
+
+def _steps() -> list[tuple[str, type[Scorer] | type[Reducer]]]:
+    """Classes of all scorers and reducers, and where they come from."""
+    known = registry()
+    return [
+        *((offer.origin, offer.plugin.factory) for offer in known.scorers),
+        *((offer.origin, offer.plugin.factory) for offer in known.reducers),
+    ]
 
 
 @cache

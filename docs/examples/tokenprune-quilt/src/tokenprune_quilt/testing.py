@@ -145,7 +145,6 @@ def by_hand(
 def cases() -> Iterable[ScorerCase | ReducerCase | TowerCase | ModelCase]:
     """What `pytest --tokenprune-plugin tokenprune-quilt` builds and checks."""
     yield ScorerCase(OutlierScorer())
-    yield ScorerCase(OutlierScorer(layer=0))
     yield ReducerCase(FoldReducer(4))
     yield TowerCase(
         "ViTModel",
