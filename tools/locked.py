@@ -12,7 +12,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-OURS = {"tokenprune-vlm", "tokenprune-pocketvlm", "tokenprune-sharpness"}
+EXAMPLES = {"tokenprune-pocketvlm", "tokenprune-quilt", "tokenprune-sharpness"}
+OURS = {"tokenprune-vlm", *EXAMPLES}
 
 
 def requirements(lock: str) -> dict[str, Requirement]:
