@@ -83,7 +83,7 @@ def installed(*entries: FakeEntry) -> Iterator[Registry]:
 def installed_in(known: Registry) -> Iterator[Registry]:
     """Pretend that this is what is installed."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("tokenprune.spec", "tokenprune.attach", "tokenprune.stage_support"):
+        for name in ("tokenprune.spec", "tokenprune.attachment", "tokenprune.stage_support"):
             patch.setattr(sys.modules[name], "registry", lambda: known)
         yield known
 

@@ -56,6 +56,38 @@ def test_reading_specs_and_refusing_models_imports_no_model_framework() -> None:
     assert not imported_by(code) & (HEAVY - {"tokenprune_adapters"})
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import tokenprune; tokenprune.__version__, dir(tokenprune)",
+        "from tokenprune.cli.app import app; import typer; typer.main.get_command(app)",
+        "import sys; sys.argv = ['tokenprune', '--version']\n"
+        "try: import runpy; runpy.run_module('tokenprune', run_name='__main__')\n"
+        "except SystemExit: pass",
+        "import sys; sys.argv = ['tokenprune', 'bench', '--help']\n"
+        "try: import runpy; runpy.run_module('tokenprune', run_name='__main__')\n"
+        "except SystemExit: pass",
+    ],
+    ids=["import", "commands", "version", "help"],
+)
+def test_what_needs_no_tensors_waits_for_no_torch(code: str) -> None:
+    assert not imported_by(code) & {"torch", "rich"}
+
+
+def test_completion_of_a_shell_waits_for_no_torch() -> None:
+    code = (
+        "import os, sys; sys.argv = ['tokenprune']\n"
+        "os.environ |= {'_TOKENPRUNE_COMPLETE': 'complete_bash', 'COMP_CWORD': '1',"
+        " 'COMP_WORDS': 'tokenprune be'}\n"
+        "from tokenprune.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass"
+    )
+    found = imported_by(code)
+    assert "bench" in found  # what it offers stands in front of the modules
+    assert "torch" not in found
+
+
 @pytest.mark.parametrize("package", ["PIL", "rich"])
 def test_the_check_can_fail(package: str) -> None:
     pytest.importorskip(package)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..attach import attach, watch
+from ..attachment import attach, watch
 from ..bench.data import DataError, Sample
 from ..bench.scoring import Mean, mean
 from ..bench.setting import setting

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..attach import attach
+from ..attachment import attach
 from ..errors import ShapeError, SpecError
 from ..placement import BeforeLLM, Placement
 from ..plugins import registry

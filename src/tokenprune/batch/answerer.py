@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..attach import Attachment, attach
+from ..attachment import Attachment, attach
 from ..errors import UnsupportedError
 from ..report import ImageReport
 from ..spec import parse_schedule, spec_of

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ..attach import attach
+from ..attachment import attach
 from ..errors import ShapeError, UnsupportedError
 from .data import DataError, Sample, pocket, read
 from .entrants import Entrant, Given, enter

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..attach import attach
+from ..attachment import attach
 from .data import Sample
 from .entrants import Entrant, Given
 

@@ -8,13 +8,11 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
-from .console import console
 from .options import Batch, Checkpoint, Data, Device, DType, LongestAnswer, Model, Questions
 
 app = typer.Typer(
     help="Training-free compression of visual tokens in multimodal LLMs.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -22,7 +20,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        console().print(f"tokenprune {__version__}", highlight=False)
+        typer.echo(f"tokenprune {__version__}")
         raise typer.Exit
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..analysis.sheet import Panel, sheet, stacked
-from ..attach import attach
+from ..attachment import attach
 from ..errors import SpecError, UnsupportedError
 from ..loading import Loaded
 from ..pictures import read_picture

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..attach import Attachment, attach
+from ..attachment import Attachment, attach
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, PreTrainedModel

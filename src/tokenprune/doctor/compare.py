@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from ..attach import attach
+from ..attachment import attach
 from ..errors import UnsupportedError
 from ..trial import Answer, Cut, Questions, Trial
 from .report import Comparison, Outcome

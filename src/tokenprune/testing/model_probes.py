@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from ..attach import Attachment, attach
+from ..attachment import Attachment, attach
 from ..placement import Placement
 from ..reducers import Evict
 from ..strategy import Stage, Strategy

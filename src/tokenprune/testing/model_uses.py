@@ -13,7 +13,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from ..attach import Attachment, attach
+from ..attachment import Attachment, attach
 from ..errors import UnsupportedError
 from ..placement import BeforeLLM, Placement
 from ..plan import Plan

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..attach import attach
+from ..attachment import attach
 from ..budget import Keep
 from ..errors import TokenpruneError, UnsupportedError
 from ..hooks import Removable

@@ -11,7 +11,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from ..attach import observe
+from ..attachment import observe
 from ..hooks import Removable
 from ..observation import Observation
 from ..plugins import registry
