@@ -98,8 +98,15 @@ def test_a_select_strategy_that_does_not_fit_the_tower(tower: str, select: str, 
 
 
 def test_a_model_without_adapter_lists_the_supported() -> None:
-    words = "no adapter supports Linear as a model; supported: .*LlavaForConditionalGeneration"
+    words = (
+        "no adapter supports torch.*Linear as a model; supported: of transformers .*LlavaForCond"
+    )
     refused(nn.Linear(2, 2), spec(4), UnsupportedError, words)
+
+
+def test_a_model_without_its_head_is_told_where_the_head_is() -> None:
+    words = "modeling_llava.LlavaModel as a model; take the whole model, LlavaForConditionalGenerat"
+    refused(tiny_llava().model, spec(4), UnsupportedError, words)
 
 
 @dataclass(frozen=True)

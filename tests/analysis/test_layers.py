@@ -287,7 +287,7 @@ def test_a_model_whose_adapter_cannot_tell_is_refused() -> None:
 
     with pytest.raises(UnsupportedError, match="FakeAdapter cannot tell what a Model attends to"):
         FakeAdapter().watch(Model(), tokenprune.Attended())
-    refused = pytest.raises(UnsupportedError, match="no adapter supports Linear")
+    refused = pytest.raises(UnsupportedError, match="no adapter supports .*Linear")
     with refused, tokenprune.watch(nn.Linear(2, 2)):
         pass
 

@@ -188,3 +188,17 @@ def test_columns_and_merged_tokens(tokenprune: Command, tmp_path: Path) -> None:
     made_of = [int((row > 0).sum()) for row in pruned.last.plan.dense()[0]]
     merged = sum(count > 1 for count in made_of)
     assert f"9 of 64 visual tokens, {merged} of them merged" in drawn.text["Description"]
+
+
+@pytest.mark.parametrize(("words", "name"), [((), "kept.png"), (("--heat",), "scores.png")])
+@pytest.mark.parametrize("made", [True, False])
+def test_a_folder_gets_a_picture_of_a_usual_name(
+    words: tuple[str, ...], name: str, made: bool, tmp_path: Path, tokenprune: Command
+) -> None:
+    """As all commands take a folder, there before or not."""
+    out = tmp_path / "drawn"
+    if made:
+        out.mkdir()
+    output = tokenprune("picture", "--out", out, *words, "--prune", "random | evict(9)").output
+    assert f"wrote {out / name}" in output
+    assert Image.open(out / name).size

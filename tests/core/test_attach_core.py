@@ -265,7 +265,7 @@ def test_stages_are_needed_and_must_be_stages(model: Model) -> None:
 @pytest.mark.parametrize("target", [nn.Linear(2, 2), "a name on the hub", None])
 def test_what_no_adapter_claims_is_refused(target: object) -> None:
     name = type(target).__name__
-    with pytest.raises(UnsupportedError, match=f"no adapter supports {name} as a model; supported"):
+    with pytest.raises(UnsupportedError, match=f"no adapter supports .*{name} as a model; supp"):
         attach(target, "random | evict(2)")  # type: ignore[arg-type]
 
 

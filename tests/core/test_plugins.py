@@ -262,8 +262,13 @@ def test_without_an_adapter_the_supported_are_listed() -> None:
     )
     with pytest.raises(UnsupportedError) as caught:
         known.claiming(known.models, Tower(), None)
-    assert str(caught.value) == "no adapter supports Tower as a model; supported: Model, Nearer"
-    with pytest.raises(UnsupportedError, match="Tower as a tower; supported: none"):
+    assert str(caught.value) == (
+        f"no adapter supports {name_of(Tower)} as a model; take the whole model, Nearer or Model; "
+        "supported: of core Model, Nearer. `tokenprune list --models` says what can be done to "
+        "each; 'Use another model' in the documentation how to serve others; and strategies work "
+        "on tensors, without any adapter"
+    )
+    with pytest.raises(UnsupportedError, match="Tower as a tower; supported: none .install"):
         known.claiming(known.towers, Tower(), None)
     assert isinstance(caught.value, NotImplementedError)
 

@@ -153,7 +153,7 @@ def test_a_library_that_is_not_there_is_no_failure(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_model_without_adapter_or_trial_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UnsupportedError, match="no adapter supports Linear"):
+    with pytest.raises(UnsupportedError, match="no adapter supports .*Linear"):
         examine_model(torch.nn.Linear(2, 2))
     model = ALL[0].build()
     for offer in registry().models:

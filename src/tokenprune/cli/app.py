@@ -72,7 +72,8 @@ def run_command(
         bool, typer.Option("--compare", help="Answer without compression too.")
     ] = False,
     overlay: Annotated[
-        Path | None, typer.Option(help="Write a picture in which discarded patches are dark.")
+        Path | None,
+        typer.Option(help="Draw discarded patches dark: folder for overlay.png, or a file."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     runs: Annotated[
@@ -166,9 +167,9 @@ def picture_command(
     prune: Annotated[
         list[str] | None, typer.Option(help="A method to draw; can be given often.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where to write it: .png, .jpg or .webp.")] = Path(
-        "tokenprune.png"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for kept.png or scores.png, or a file: .png, .jpg, .webp.")
+    ] = Path("tokenprune-picture"),
     heat: Annotated[
         bool, typer.Option("--heat", help="Scores, and [CLS] attention by layer, as heat maps.")
     ] = False,

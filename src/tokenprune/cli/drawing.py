@@ -13,11 +13,20 @@ DESCRIPTION = "Description"
 """The field of a PNG that says in words what it shows; pages use it as alternative text."""
 
 
-def check_writable(path: Path) -> None:
-    """Refuse a file name whose ending is no picture format."""
+def picture_file(path: Path, name: str) -> Path:
+    """The file to write: `path` itself, or `name` in it, where it is a folder or has no ending.
+
+    Raises:
+        CommandError: an ending that is no picture format.
+    """
+    if path.is_dir() or not path.suffix:
+        return path / name
     known = Image.registered_extensions()
     if known.get(path.suffix.lower()) not in Image.SAVE:
-        raise CommandError(f"cannot write a picture to {path}; name it .png, .jpg or .webp")
+        raise CommandError(
+            f"cannot write a picture to {path}; name it .png, .jpg or .webp, or give a folder"
+        )
+    return path
 
 
 def write_picture(picture: Image.Image, path: Path, description: str = "") -> None:

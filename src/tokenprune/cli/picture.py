@@ -25,7 +25,7 @@ from ..tokens import VisualTokens
 from .answer import Answer, answer
 from .bench import POCKET, longest, model_named
 from .console import console
-from .drawing import check_writable, write_picture
+from .drawing import picture_file, write_picture
 from .errors import CommandError
 from .seen import Seen
 
@@ -72,7 +72,7 @@ def run_picture(
     dtype: str,
 ) -> Image.Image:
     """Ask once for each method, draw, and write."""
-    check_writable(out)
+    out = picture_file(out, "scores.png" if heat else "kept.png")
     schedules: dict[str, tuple[Stage, ...]]
     if heat:
         schedules = {spec: (scoring(spec),) for spec in prune or SCORED}

@@ -13,7 +13,7 @@ from ..report import Report
 from ..spec import parse_schedule, spec_of
 from .answer import Answer, answer
 from .console import console, milliseconds, size, table
-from .drawing import check_writable, write_picture
+from .drawing import picture_file, write_picture
 from .errors import CommandError
 from .seen import Seen
 from .timing import Timing, explained, measure
@@ -38,7 +38,7 @@ def run(
     # What cannot work is cheap to find out before gigabytes are loaded.
     stages = parse_schedule(prune)
     if overlay is not None:
-        check_writable(overlay)
+        overlay = picture_file(overlay, "overlay.png")
         if len(stages) > 1:
             raise CommandError(f"an overlay shows one stage, the spec has {len(stages)}")
     spec = "; ".join(map(spec_of, stages))

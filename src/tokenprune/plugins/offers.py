@@ -115,14 +115,12 @@ class Registry:
             )
         if found:
             return found[0].plugin
-        supported = sorted({_last(claim) for o in offers for claim in o.plugin.claims})
-        hint = self.broken_hint
-        if any(cls.__name__ == "ScriptModule" for cls in type(target).__mro__):
-            hint += "; scripted models run without hooks, so take the model as it was before"
         raise UnsupportedError(
-            f"no adapter supports {type(target).__name__} as a {kind}; supported: "
-            + (", ".join(supported) or "none (install tokenprune-vlm[hf])")
-            + hint
+            f"no adapter supports {_full(target)} as a {kind}{_instead(offers, target)}; "
+            f"supported: {_by_library(offers) or 'none (install tokenprune-vlm[hf])'}"
+            f"{self.broken_hint}. `tokenprune list --models` says what can be done to each; "
+            "'Use another model' in the documentation how to serve others; and strategies work on "
+            "tensors, without any adapter"
         )
 
     def _asked_for(self, offers: list[Offer[A]], target: object, adapter: str, kind: str) -> A:
@@ -142,6 +140,32 @@ class Registry:
                 + (f"what fits is {instead}" if fitting else "no adapter claims that class")
             )
         return named
+
+
+def _full(target: object) -> str:
+    name = next(iter(_full_names(target)))
+    return name.removeprefix("builtins.")
+
+
+def _instead(offers: list[Offer[A]], target: object) -> str:
+    """What to attach instead, where that can be said."""
+    names = [cls.__name__ for cls in type(target).__mro__]
+    if "ScriptModule" in names:
+        return "; scripted models run without hooks, so take the model as it was before"
+    module = type(target).__module__
+    heads = [
+        _last(claim) for o in offers for claim in o.plugin.claims if claim.startswith(f"{module}.")
+    ]
+    return f"; take the whole model, {' or '.join(heads)}" if heads else ""
+
+
+def _by_library(offers: list[Offer[A]]) -> str:
+    """Classes that are claimed, by the library that they come from."""
+    found: dict[str, set[str]] = {}
+    for offer in offers:
+        for claim in offer.plugin.claims:
+            found.setdefault(claim.partition(".")[0], set()).add(_last(claim))
+    return "; ".join(f"of {library} {', '.join(sorted(each))}" for library, each in found.items())
 
 
 def _full_names(target: object) -> Iterable[str]:

@@ -161,6 +161,12 @@ def _refuse_missing(sight: Sight, call: Call) -> None:
             f"{call.what} was called without {', '.join(missing)}, so it is not known which slots "
             "are which patches; pass all that the model's processor gives"
         )
+    pixels = sight.pixels.of(call)
+    if isinstance(pixels, (list, tuple)):
+        raise UnsupportedError(
+            f"{call.what} was called with a {type(pixels).__name__} of {len(pixels)} for "
+            f"{sight.pixels}; pass one tensor, padded as the model's processor pads"
+        )
 
 
 def _without_newlines(raw: Any, patches: Sequence[Tensor]) -> Any:

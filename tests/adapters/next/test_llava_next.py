@@ -235,3 +235,14 @@ def test_a_model_that_packs_in_another_way_is_refused_when_attaching() -> None:
     model.model.pack_image_features = None
     with pytest.raises(UnsupportedError, match="LlavaNextModel has no pack_image_features; found"):
         tokenprune.attach(model, spec)
+
+
+def test_a_list_of_tensors_is_refused_in_words(model: Any) -> None:
+    """The model takes one tensor, too; but says so by an attribute that a list lacks."""
+    inputs = dict(collate(prompts()))
+    inputs["pixel_values"] = list(inputs["pixel_values"])
+    with (
+        tokenprune.attach(model, "random | evict(4)"),
+        pytest.raises(UnsupportedError, match="a list of 2 for pixel_values; pass one tensor"),
+    ):
+        model(**inputs)
