@@ -17,7 +17,7 @@ _HOMES = {
     for name in node.names
 }
 
-__all__ = sorted(_HOMES)
+__all__ = sorted(name for name in _HOMES if not name.startswith("_"))
 
 
 def __getattr__(name: str) -> object:

@@ -13,7 +13,14 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 import tokenprune
 from support.llava import collate, generate, picture, prompts, tiny_llava
 from support.oracle import eager_rows, eager_scores, greedy_batch, kept_indices
-from tokenprune import ClsAttention, Evict, Keys, MissingSignalError, ShapeError, UnsupportedError
+from tokenprune import (
+    ClsAttention,
+    ClsAttentionScorer,
+    Keys,
+    MissingSignalError,
+    ShapeError,
+    UnsupportedError,
+)
 from tokenprune_adapters.kit.attention_rows import attention
 
 from .conftest import MakeLlava, leftovers
@@ -154,14 +161,14 @@ def test_refusals(llava: MakeLlava) -> None:
 def test_nothing_is_kept_after_a_pass_was_used(llava: MakeLlava) -> None:
     """What the tower gave is freed as soon as the strategy has run."""
     model, held = llava(), []
-    decide = Evict.plan
+    decide = ClsAttentionScorer.score
 
-    def plan(self: Any, tokens: Any, scores: Tensor, signals: Any) -> Any:
+    def score(self: Any, tokens: Any, signals: Any) -> Any:
         held.append(weakref.ref(signals[ClsAttention(3)]))
-        return decide(self, tokens, scores, signals)
+        return decide(self, tokens, signals)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(Evict, "plan", plan)
+        patch.setattr(ClsAttentionScorer, "score", score)
         with tokenprune.attach(model, "cls-attention | evict(4) @ before-llm"):
             model(**collate(prompts()))
             assert [reference() for reference in held] == [None]

@@ -17,10 +17,22 @@ EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 NAMES = ["tokenprune-sharpness", "tokenprune-pocketvlm", "tokenprune-quilt"]
 
 
+FEW = """
+from hypothesis import settings
+
+settings.register_profile("few", max_examples=20, derandomize=True, database=None)
+settings.load_profile("few")
+"""
+"""Examples enough to see that a package is checked; the gallery shows that checks bite."""
+
+
 def run_pytest(where: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     # Those of this run, such as xdist's, are not theirs.
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    if (where / "few.py").exists():
+        command += ["-p", "few"]
+        clean["PYTHONPATH"] = str(where)
     return subprocess.run(
         command, cwd=where, env=clean, capture_output=True, text=True, check=False
     )
@@ -43,6 +55,7 @@ def test_its_own_tests_pass(example):
 
 
 def test_the_contract_holds_without_a_test_file(example, tmp_path):
+    (tmp_path / "few.py").write_text(FEW)
     done = run_pytest(tmp_path, "--tokenprune-plugin", example)
     assert done.returncode == 0, done.stdout + done.stderr
     steps, towers, models = 10 + 19, 6 + 1, 15 + 1
@@ -55,6 +68,7 @@ def test_the_contract_holds_without_a_test_file(example, tmp_path):
 
 
 def test_files_given_beside_the_option_run_as_well(tmp_path):
+    (tmp_path / "few.py").write_text(FEW)
     (tmp_path / "test_mine.py").write_text("def test_mine():\n    assert True\n")
     done = run_pytest(tmp_path, "--tokenprune-plugin", "tokenprune-sharpness", "test_mine.py")
     assert "11 passed" in done.stdout

@@ -56,8 +56,12 @@ def test_expected_failures_are_strict():
 
 
 SUITE = """
+from hypothesis import settings
 from tokenprune import UniformScorer
 from tokenprune.testing import ScorerCase, parametrize_with_checks
+
+settings.register_profile("few", max_examples=5)
+settings.load_profile("few")
 
 @parametrize_with_checks([ScorerCase(UniformScorer(), expected_failures={"S1": "no"})])
 def test_contract(case, check):

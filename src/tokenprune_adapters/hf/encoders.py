@@ -63,9 +63,15 @@ class Encoders(NotCopyable):
         for sight in self.sights:
             around = _Around(self, sight, Signature.of(getattr(self.parts.core, sight.encode)))
             yield from wrap_method(self.parts.core, sight.encode, around)
-        yield self.parts.core.register_forward_pre_hook(self._over)
+        yield self.parts.core.register_forward_pre_hook(self._begin, with_kwargs=True)
         yield self.parts.core.register_forward_hook(self._over, always_call=True)
         yield from self.reduce.install()
+
+    def _begin(self, core: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+        self._over(core)
+        for sight in self.sights:
+            for name in sight.pixels.names:
+                _refuse_lists(f"{type(core).__name__}.forward", name, kwargs.get(name))
 
     def _over(self, core: nn.Module, *rest: object) -> None:
         """What is encoded next is of other prompts."""
@@ -161,11 +167,14 @@ def _refuse_missing(sight: Sight, call: Call) -> None:
             f"{call.what} was called without {', '.join(missing)}, so it is not known which slots "
             "are which patches; pass all that the model's processor gives"
         )
-    pixels = sight.pixels.of(call)
+    _refuse_lists(call.what, sight.pixels.names[0], sight.pixels.of(call))
+
+
+def _refuse_lists(what: str, name: str, pixels: Any) -> None:
     if isinstance(pixels, (list, tuple)):
         raise UnsupportedError(
-            f"{call.what} was called with a {type(pixels).__name__} of {len(pixels)} for "
-            f"{sight.pixels}; pass one tensor, padded as the model's processor pads"
+            f"{what} was called with a {type(pixels).__name__} of {len(pixels)} for "
+            f"{name}; pass one tensor, padded as the model's processor pads"
         )
 
 

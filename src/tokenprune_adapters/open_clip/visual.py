@@ -7,9 +7,9 @@ the pooling at the end reads what is left, so the tower's output keeps its shape
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ _COUNT = "count"
 
 class OpenClipVisualAdapter(ModelAdapter):
     """`model.visual` of an open_clip model, reduced after some of its blocks."""
+
+    # A picture is a crop here, and `install` says why there are no frames.
+    options: ClassVar[Mapping[str, tuple[object, ...]]] = {"per": ("crop", "frame")}
 
     def provides(self, model: nn.Module, placement: Placement) -> frozenset[type[Signal]]:
         vit = Vit.of(model)

@@ -243,6 +243,6 @@ def test_a_list_of_tensors_is_refused_in_words(model: Any) -> None:
     inputs["pixel_values"] = list(inputs["pixel_values"])
     with (
         tokenprune.attach(model, "random | evict(4)"),
-        pytest.raises(UnsupportedError, match="a list of 2 for pixel_values; pass one tensor"),
+        pytest.raises(UnsupportedError, match="a list of .* for pixel_values; pass one tensor"),
     ):
         model(**inputs)
