@@ -57,7 +57,8 @@ def check_types(name: str, step: object) -> None:
     """Refuse fields whose values are not of the types that they are annotated with.
 
     Looks at what can stand in a spec: numbers, texts, None, literals, and tuples, lists and
-    mappings of these. An int may stand for a float, a bool for no number. Anything else passes.
+    mappings of these. An int may stand for a float, a bool for no number. Anything else passes,
+    and so does what a field has by default (`strength: float = None`).
 
     Args:
         name: what the step is called.
@@ -72,7 +73,7 @@ def check_types(name: str, step: object) -> None:
         return
     for field in dataclasses.fields(step):  # type: ignore[arg-type]
         value, hint = getattr(step, field.name), hints.get(field.name, Any)
-        if not _fits(value, hint):
+        if value is not field.default and not _fits(value, hint):
             raise SpecError(
                 f"{name} takes {field.name} as {_written(hint)}, got {value!r} "
                 f"({type(value).__name__})"

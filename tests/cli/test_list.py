@@ -114,3 +114,30 @@ def test_the_catalogue_makes_reducers_with_a_budget(third_party: Registry) -> No
     assert needs["evict"] == "scores"
     assert needs["r"] == "a | evict(3)"
     assert Evict(Keep(3)) == Evict(3)
+
+
+def test_a_clash_of_names_is_marked_on_both_sides(
+    monkeypatch: pytest.MonkeyPatch, tokenprune: Command
+) -> None:
+    clash = Registry(
+        scorers=[Offer(ScorerPlugin("mine", "one", RandomScorer), "dist-a")],
+        recipes=[Offer(RecipePlugin("mine", "another", "random | evict(3)"), "dist-b")],
+    )
+    monkeypatch.setattr(listing, "registry", lambda: clash)
+    output = tokenprune("list").output
+    assert "NAME CLASH with a recipe of dist-b: neither works by name  [dist-a]" in output
+    assert "NAME CLASH with a scorer of dist-a: neither works by name  [dist-b]" in output
+
+
+def test_lines_fit_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from rich.console import Console
+
+    held = io.StringIO()
+    terminal = Console(file=held, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(listing, "console", lambda: terminal)
+    listing.show_offers()
+    lines = held.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line for line in lines if line.startswith("  cls-attention ")]

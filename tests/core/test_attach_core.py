@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -456,3 +457,53 @@ def test_state_of_hooks_is_not_copied_or_pickled() -> None:
 
 class WantsKeysToo(WantsKeys):
     """A scorer that no plugin offers: its stage has no spec, but can be refused all the same."""
+
+
+# ------------------------------------------------------------------- options nobody knows
+
+
+class Knows(FakeAdapter):
+    """Serves budgets for crops, and positions as they were."""
+
+    options: ClassVar[dict[str, tuple[object, ...]]] = {
+        "per": ("crop",),
+        "positions": ("original",),
+    }
+
+
+OPTIONS = {
+    "random | evict(2, per='crop')": "per='crop' in \"evict(2, per='crop')\"",
+    "random | evict(2, per='frame')": "per='frame' in \"evict(2, per='frame')\"",
+    "random | evict(2) @ before-llm(positions='original')": "positions='original' in",
+    "random | evict(2) @ before-llm(newline='drop')": "newline='drop' in",
+}
+
+
+@pytest.mark.parametrize("spec", OPTIONS)
+def test_an_option_that_an_adapter_does_not_know_is_refused(spec: str, model: Model) -> None:
+    """It would be accepted, and change nothing."""
+    with pytest.raises(UnsupportedError) as caught:
+        attach(model, spec)
+    assert OPTIONS[spec] in str(caught.value)
+    assert "is not served for Model: FakeAdapter serves" in str(caught.value)
+    assert hooks_in(model) == 0
+
+
+@pytest.mark.parametrize(("spec", "served"), zip(OPTIONS, (True, False, True, False), strict=True))
+def test_an_adapter_says_which_options_it_serves(spec: str, served: bool, model: Model) -> None:
+    knows = ModelPlugin("knows", "a model", Knows, (name_of(Model),))
+    with installed(entry("p", module_with(models=[knows]))):
+        if served:
+            attach(model, spec).detach()
+            return
+        with pytest.raises(UnsupportedError, match="Knows serves .*="):
+            attach(model, spec)
+
+
+def test_an_adapter_that_is_asked_for_but_does_not_fit_is_refused(model: Model) -> None:
+    other = ModelPlugin("other", "a model", Knows, ("package.module.Other",))
+    with (
+        installed(entry("fakes", MODELS), entry("p", module_with(models=[other]))),
+        pytest.raises(UnsupportedError, match="'other' is for Other, not for Model; what fits is"),
+    ):
+        attach(model, "random | evict(2)", adapter="other")

@@ -226,6 +226,7 @@ class Typed(Scorer):
     rows: tuple[int, ...] = ()
     name: str | None = None
     strict: bool = False
+    loose: float = None  # type: ignore[assignment]
 
     def score(self, tokens: VisualTokens, signals: Signals) -> Tensor:
         return torch.zeros(tokens.mask.shape)
@@ -266,7 +267,7 @@ TYPED = registry_of(
         ("rows=(1, 2.5)", "typed takes rows as tuple[int, ...], got (1, 2.5) (tuple)"),
         ("name=3", "typed takes name as str | None, got 3 (int)"),
         ("strict=1", "typed takes strict as bool, got 1 (int)"),
-        ("weight=1", "typed takes strength, rows, name, strict: "),
+        ("weight=1", "typed takes strength, rows, name, strict, loose: "),
     ],
 )
 def test_arguments_are_checked_when_a_spec_is_read(arguments: str, words: str) -> None:
