@@ -15,7 +15,6 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import MissingSignalError, ShapeError
 from ..signals import Signal, Signals
@@ -162,10 +161,14 @@ def works_elsewhere(name: str, call: Callable[[], T]) -> T:
         raise AssertionError(f"{name}: {error}; on an accelerator that fails, or waits") from error
 
 
-class AwkwardTies(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class AwkwardTies(TorchFunctionMode):
     """Orders equal values backwards wherever torch promises no order: `topk`, unstable sorts."""
 
-    def __torch_dispatch__(
+    _TOPK = (torch.topk, Tensor.topk)
+    _SORT = (torch.sort, Tensor.sort)
+    _ARGSORT = (torch.argsort, Tensor.argsort)
+
+    def __torch_function__(
         self,
         func: Any,
         types: Sequence[type],
@@ -173,18 +176,21 @@ class AwkwardTies(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        aten = torch.ops.aten
-        if func is aten.topk.default:
-            x, k, *rest = args
-            dim = rest[0] if rest else kwargs.get("dim", -1)
-            largest = rest[1] if len(rest) > 1 else kwargs.get("largest", True)
+        if func in self._TOPK:
+            x, k, dim, largest = _given(args, kwargs, input=None, k=None, dim=-1, largest=True)
             values, indices = _backwards(x, dim, largest)
-            return values.narrow(dim, 0, k), indices.narrow(dim, 0, k)
-        if func is aten.sort.default or (func is aten.sort.stable and not kwargs.get("stable")):
-            x, *rest = args
-            dim = rest[0] if rest else kwargs.get("dim", -1)
-            return _backwards(x, dim, rest[1] if len(rest) > 1 else kwargs.get("descending", False))
+            return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
+        if func in (*self._SORT, *self._ARGSORT) and not kwargs.get("stable"):
+            x, dim, descending = _given(args, kwargs, input=None, dim=-1, descending=False)
+            values, indices = _backwards(x, dim, descending)
+            return indices if func in self._ARGSORT else torch.return_types.sort((values, indices))
         return func(*args, **kwargs)
+
+
+def _given(args: Sequence[Any], kwargs: Mapping[str, Any], **defaults: Any) -> list[Any]:
+    """Arguments by place or by name, in the order of `defaults`."""
+    named = {**defaults, **{name: kwargs[name] for name in defaults if name in kwargs}}
+    return list({**named, **dict(zip(defaults, args, strict=False))}.values())
 
 
 def _backwards(x: Tensor, dim: int, descending: bool) -> tuple[Tensor, Tensor]:

@@ -86,16 +86,20 @@ def promise(subject: type[C]) -> Callable[[Callable[[C], None]], Callable[[C], N
     return enter
 
 
-def for_all(strategy: SearchStrategy[T]) -> Callable[[Callable[[T], None]], None]:
+def for_all(
+    strategy: SearchStrategy[T], most: int | None = None
+) -> Callable[[Callable[[T], None]], None]:
     """Run the decorated function on what `strategy` draws, at once.
 
-    The number of examples is that of the hypothesis profile in force.
+    The number of examples is that of the hypothesis profile in force, or `most` if that is less.
     """
 
     def run(holds: Callable[[T], None]) -> None:
         # Explanations point at lines of this kit, and cost more than all the rest.
         phases = [phase for phase in settings().phases if phase != Phase.explain]
+        examples = settings().max_examples
         chosen = settings(
+            max_examples=examples if most is None else min(examples, most),
             deadline=None,
             report_multiple_bugs=False,
             phases=phases,

@@ -417,7 +417,7 @@ def check_p17_ties_are_decided(case: ReducerCase) -> None:
     @for_all(_calls(case))
     def holds(call: tuple[Inputs, int | float]) -> None:
         expected = case.plan(*call)
-        with AwkwardTies():  # type: ignore[no-untyped-call]
+        with AwkwardTies():
             got = case.plan(*call)
         same = torch.equal(got.anchors, expected.anchors) and torch.equal(got.mask, expected.mask)
         require(
