@@ -25,6 +25,7 @@ from tokenprune.hooks import NotCopyable, Removable
 
 from ..kit.attention_rows import dot
 from .names import Call, Signature
+from .split_heads import refuse_split
 
 _OURS = "tokenprune"
 """Name of our function among those of transformers."""
@@ -241,6 +242,9 @@ def _attend(
                 f"{type(module).__name__} adds a bias to its logits, which is not read; rank by "
                 "cls-attention, or before the LLM"
             )
+        heads = getattr(view.config, "num_attention_heads", query.shape[1])
+        if query.shape[1] < heads:
+            refuse_split(type(module).__name__, query.shape[1], heads)
         scale = 1 / math.sqrt(query.shape[-1]) if call.scale is None else call.scale
         mask = _full(call.mask)
         asked = Asked(query.detach(), key.detach(), scale, call.cap, call.sinks, mask)

@@ -28,6 +28,7 @@ from ..kit.query_key_maps import QueryKeyMaps
 from ..kit.tower_reading import TowerReading, read_block
 from .anatomy import part
 from .names import calls_of
+from .split_heads import refuse_split_channels
 
 
 class EncoderTower(TowerAdapter):
@@ -175,14 +176,15 @@ class _LayerTap(NotCopyable):
         if self.taps.observation.running:
             # Of the queries, [CLS] is enough for its row.
             whole = {ReceivedAttention, GivenAttention} & self.kinds
-            self.note("query", output.detach() if whole else output.detach()[:, :1])
+            self.note("query", projection, output.detach() if whole else output.detach()[:, :1])
 
     def key(self, projection: nn.Module, args: object, output: Tensor) -> None:
         if self.taps.observation.running:
-            self.note("key", output.detach())
+            self.note("key", projection, output.detach())
 
-    def note(self, name: str, output: Tensor) -> None:
+    def note(self, name: str, projection: nn.Module, output: Tensor) -> None:
         """Keep `(batch, tokens, heads * channels)`; with queries and keys there, read them."""
+        refuse_split_channels(projection, output)
         scratch, number = self.taps.observation.scratch, self.number
         split = "batch tokens (heads channels) -> batch heads tokens channels"
         scratch[name, number] = rearrange(output, split, heads=self.heads)

@@ -27,6 +27,7 @@ from ..kit.tower_reading import answers, layers_of, read_block
 from .anatomy import configured_layer, part
 from .family import Encoded, Tower
 from .names import Call, Hooked, calls_of
+from .split_heads import refuse_split_channels
 
 _ROTATE, _ROTATE_PACKED = "apply_rotary_pos_emb_vision", "apply_rotary_pos_emb"
 
@@ -122,19 +123,20 @@ class _Tap(NotCopyable):
         if self.rotate is None and (read.tower.fused or read.tower.packed is not None):
             raise UnsupportedError(f"{type(attention).__name__} does not rotate by {name}")
 
-    def _split(self, x: Tensor) -> Tensor:
+    def _split(self, module: nn.Module, x: Tensor) -> Tensor:
+        refuse_split_channels(module, x)
         return rearrange(x.detach(), "b n (h c) -> b h n c", h=self.heads)
 
     def query(self, module: nn.Module, args: object, output: Tensor) -> None:
         if self.read.found is not None:
-            self.read.found["query", self.number] = self._split(output)
+            self.read.found["query", self.number] = self._split(module, output)
 
     @torch.no_grad()
     def key(self, module: nn.Module, args: object, output: Tensor) -> None:
         found = self.read.found
         if found is None:
             return
-        query, key = found.pop(("query", self.number)), self._split(output)
+        query, key = found.pop(("query", self.number)), self._split(module, output)
         if self.read.tower.packed is None:
             self._note([self._read(query, key)])
             return
@@ -154,6 +156,7 @@ class _Tap(NotCopyable):
         found = self.read.found
         if found is None:
             return
+        refuse_split_channels(module, output)
         call = found.pop(("call", self.number))
         seams, rotary = call.seams, call.rotary
         split = "n (three h c) -> three n h c"

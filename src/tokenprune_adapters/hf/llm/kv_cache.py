@@ -25,8 +25,18 @@ _STATES = getattr(cache_utils, "LinearAttentionLayer", ())
 
 
 def storing(cache: Cache | None, start: int = 0) -> list[tuple[int, Any]]:
-    """Number and layer of all layers of `cache` that hold keys and values, from `start` on."""
-    layers = cache.layers if cache is not None else []
+    """Number and layer of all layers of `cache` that hold keys and values, from `start` on.
+
+    Raises:
+        UnsupportedError: a cache without layers, such as the pages of continuous batching.
+    """
+    layers: Any = [] if cache is None else getattr(cache, "layers", None)
+    if layers is None:
+        raise UnsupportedError(
+            f"a {type(cache).__name__} cannot hold shortened prompts: continuous batching "
+            "(generate_batch, transformers serve) is not served while a model is attached; use "
+            "generate with a batch, or vLLM ('Serve with vLLM' in the documentation)"
+        )
     return [(n, each) for n, each in enumerate(layers) if n >= start and not _is_state(each)]
 
 
